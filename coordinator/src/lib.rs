@@ -1,0 +1,1 @@
+//! The coordinator around its core: gRPC sessions, store, live page, telemetry.

@@ -1,0 +1,1 @@
+//! One operation a file, with a fixed reduction order: the CPU bodies of Caravan's transformer kernels.

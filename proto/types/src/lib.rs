@@ -1,0 +1,28 @@
+//! Caravan's vocabulary: ids, model shape, lanes, slices, plans and messages.
+//!
+//! Plain data that every other crate may use: no I/O, no clock, no async. Two rules decide
+//! what belongs here: it is spoken by at least two crates, and it means the same to both.
+//! Behaviour is limited to arithmetic on the data itself (which lanes a tree node covers,
+//! where a parameter lies in the flat model); decisions are made in the two cores.
+
+pub mod batch;
+pub mod ids;
+pub mod lanes;
+pub mod message;
+pub mod model;
+pub mod peer;
+pub mod plan;
+pub mod recipe;
+pub mod run_spec;
+pub mod slices;
+pub mod status;
+pub mod task;
+
+pub use batch::{BatchShape, MicroBatch};
+pub use ids::{Digest, Generation, SliceId, Step, UnitId, WorkerId};
+pub use lanes::{Lane, Node};
+pub use model::{ModelShape, Parameter};
+pub use plan::{IdleReason, Member, Part, Pipeline, Plan, Source, Stage, Transfer};
+pub use recipe::Recipe;
+pub use run_spec::{DataSpec, NumericsClass, Precision, RunSpec};
+pub use slices::{BLOCK, Slice, SliceSet, SliceTable};

@@ -1,0 +1,249 @@
+//! What a worker and the coordinator say to each other in a session.
+
+use crate::task::SavedPart;
+use crate::{Generation, Plan, RunSpec, SliceId, SliceSet, Step, WorkerId};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Version of the session protocol and the fabric's frames. Both sides must have the same.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// A worker introduces itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`PROTOCOL_VERSION`] of the sender.
+    pub protocol: u32,
+    /// Version of the program.
+    pub build: String,
+    /// A name for people, such as host and process id.
+    pub name: String,
+    /// The host it runs on; owners of one slice sit on different hosts where they can.
+    pub host: String,
+    /// Host and port of its fabric listener, as the other workers reach it.
+    pub fabric: String,
+    /// The instruction families that it can run, its preferred one first.
+    pub families: Vec<String>,
+    /// Compute threads.
+    pub threads: u32,
+}
+
+/// What the coordinator tells a worker that it takes on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The worker's id.
+    pub worker: WorkerId,
+    /// The run.
+    pub spec: RunSpec,
+    /// Owners per slice, where there are so many members.
+    pub redundancy: u32,
+    /// The failure budget: a silent peer is known after this.
+    pub detect_ms: u64,
+    /// A checkpoint is written after each step that this divides; never where 0.
+    pub checkpoint_every: u64,
+    /// Folder of the prepared data.
+    pub data: String,
+    /// Folder of the checkpoints.
+    pub checkpoints: String,
+}
+
+/// Why a worker is not taken on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// The two programs speak different protocols.
+    Protocol {
+        /// The coordinator's version.
+        ours: u32,
+        /// The worker's version.
+        theirs: u32,
+    },
+    /// The worker cannot run the run's numerics class.
+    Numerics {
+        /// The instruction family that the run needs.
+        needed: String,
+        /// What the worker can run.
+        offered: Vec<String>,
+    },
+    /// The run is over or being drained.
+    NotTaking,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Protocol { ours, theirs } => write!(
+                f,
+                "the coordinator speaks protocol {ours}, this worker {theirs}: start a worker of the coordinator's version"
+            ),
+            Self::Numerics { needed, offered } => write!(
+                f,
+                "this run's numerics class needs the instruction family {needed:?}, this machine offers {offered:?}: \
+                 start the worker on a machine that has {needed:?}, or start a new run with kernels = {:?}",
+                offered.first().map_or("portable", String::as_str)
+            ),
+            Self::NotTaking => f.write_str("the run is finished or stopping, and takes no more workers"),
+        }
+    }
+}
+
+/// From worker to coordinator, after the [`Hello`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromWorker {
+    /// "I live": sent several times within the failure budget.
+    Heartbeat {
+        /// The newest step that it has applied.
+        applied: Step,
+        /// What it is doing.
+        activity: Activity,
+    },
+    /// The answer to [`ToWorker::Stop`], and a promise: nothing more is done in an older
+    /// generation.
+    Report(Report),
+    /// A step was committed.
+    Committed(Committed),
+    /// A fabric connection of this generation broke.
+    PeerLost {
+        /// The generation.
+        generation: Generation,
+        /// The member at the other end.
+        peer: WorkerId,
+    },
+    /// Two owners of a slice had different gradients.
+    Diverged {
+        /// The generation.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// The slice.
+        slice: SliceId,
+    },
+    /// A part of a checkpoint was written, or why not.
+    Saved {
+        /// The generation that it was asked in.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// The part, or the reason.
+        part: Result<SavedPart, String>,
+    },
+    /// The worker was asked to go and wants to, at a step boundary.
+    Leaving,
+}
+
+/// What a worker has, when it stops for a new generation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The generation that the promise is for.
+    pub generation: Generation,
+    /// The newest step that it has applied.
+    pub applied: Step,
+    /// The global gradient norm of that step, where known.
+    pub norm: Option<f64>,
+    /// The slices whose training state it holds at `applied`.
+    pub state: SliceSet,
+    /// The slices whose weights it holds at `applied`.
+    pub weights: SliceSet,
+    /// Where it is prepared for `applied + 1`: the slices whose final gradients it has.
+    pub prepared: Option<SliceSet>,
+}
+
+/// A committed step, as a member saw it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Committed {
+    /// The generation.
+    pub generation: Generation,
+    /// The step.
+    pub step: Step,
+    /// Mean loss over the counted tokens of the global batch, in nats.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub norm: f64,
+    /// Milliseconds since the member's last commit or the start of its generation.
+    pub took_ms: u64,
+}
+
+/// What a worker is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Activity {
+    /// Waiting for a plan.
+    #[default]
+    Waiting,
+    /// Getting what the plan says it must have.
+    Healing,
+    /// Computing gradients.
+    Computing,
+    /// Adding gradients up, with the other owners.
+    Reducing,
+    /// Prepared, waiting for the others' votes.
+    Preparing,
+    /// Waiting for published weights.
+    Publishing,
+    /// The run is finished.
+    Finished,
+}
+
+impl fmt::Display for Activity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Waiting => "waiting",
+            Self::Healing => "healing",
+            Self::Computing => "computing",
+            Self::Reducing => "reducing",
+            Self::Preparing => "preparing",
+            Self::Publishing => "publishing",
+            Self::Finished => "finished",
+        })
+    }
+}
+
+/// From coordinator to worker, after the [`Welcome`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToWorker {
+    /// Stop for a new generation and send a [`Report`].
+    Stop {
+        /// The generation to come.
+        generation: Generation,
+        /// Whether to finish the step in flight first (a change that is wanted) or to stop
+        /// at once (a change that is suffered).
+        boundary: bool,
+    },
+    /// The plan of the generation that was stopped for.
+    Plan(Plan),
+    /// Write these slices, which the worker reported at `step`, as a part of a checkpoint.
+    Save {
+        /// The generation that was stopped for.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// The slices.
+        slices: SliceSet,
+    },
+    /// End the process.
+    Goodbye(Farewell),
+}
+
+/// Why a worker is told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Farewell {
+    /// All steps are done.
+    Finished,
+    /// The run was drained; it goes on another time.
+    Drained,
+    /// The worker asked to leave, and is not needed any more.
+    Left,
+    /// The others went on without it; it may start again.
+    Fenced,
+    /// The run cannot go on.
+    Failed,
+}
+
+impl fmt::Display for Farewell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Finished => "the run is finished",
+            Self::Drained => "the run was drained",
+            Self::Left => "this worker asked to leave",
+            Self::Fenced => "the others went on without this worker",
+            Self::Failed => "the run cannot go on",
+        })
+    }
+}

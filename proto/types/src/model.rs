@@ -1,0 +1,263 @@
+//! The shape of a Llama, and where each parameter lies.
+//!
+//! All parameters of a model form one flat vector: units in order, parameters in order within
+//! a unit, each row-major as [out, in]. Engine, checkpoints and plans speak of elements by
+//! their offset in this vector. Names and the rotary layout (halves, not interleaved pairs)
+//! are those of Hugging Face's `LlamaForCausalLM`. Query, key and value lie side by side, as
+//! do gate and up, so that each group can be used as one matrix.
+
+use crate::UnitId;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// The shape of one Llama-2-type model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelShape {
+    /// Width of the residual stream.
+    pub dim: u32,
+    /// Number of transformer layers.
+    pub layers: u32,
+    /// Query heads; head size is `dim / heads`.
+    pub heads: u32,
+    /// Key and value heads; divides `heads` (grouped-query attention where smaller).
+    pub kv_heads: u32,
+    /// Width of the feed-forward network.
+    pub hidden: u32,
+    /// Number of tokens in the vocabulary.
+    pub vocab: u32,
+    /// Longest sequence, in tokens.
+    pub context: u32,
+    /// Epsilon of RMSNorm.
+    pub norm_eps: f32,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f32,
+}
+
+/// How a parameter starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// All ones (norm gains).
+    Ones,
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f32),
+}
+
+/// One named tensor of the model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parameter {
+    /// Hugging Face's name, such as `model.layers.3.mlp.up_proj.weight`.
+    pub name: String,
+    /// The unit that it belongs to.
+    pub unit: UnitId,
+    /// Rows (output features); a vector has one row.
+    pub rows: u64,
+    /// Columns (input features).
+    pub cols: u64,
+    /// Whether it is a vector: stored with one dimension, and not decayed.
+    pub vector: bool,
+    /// How it starts.
+    pub init: Init,
+    /// Where it starts in the flat model, in elements.
+    pub offset: u64,
+}
+
+impl Parameter {
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.rows * self.cols
+    }
+
+    /// Whether it has no elements; never so in a valid shape.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Its elements in the flat model.
+    #[must_use]
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.len()
+    }
+
+    /// Whether AdamW decays it: matrices yes, norm gains no.
+    #[must_use]
+    pub fn decayed(&self) -> bool {
+        !self.vector
+    }
+}
+
+/// Names of the presets that [`ModelShape::preset`] knows, smallest first.
+pub const PRESETS: [&str; 9] = ["260k", "15m", "42m", "110m", "1.1b", "7b", "13b", "34b", "70b"];
+
+impl ModelShape {
+    /// The shape of a preset by name (see [`PRESETS`]), from the tables of the Llama 2 paper
+    /// (arXiv 2307.09288), TinyLlama and the llama2.c family.
+    #[must_use]
+    pub fn preset(name: &str) -> Option<Self> {
+        let (dim, layers, heads, kv_heads, hidden, vocab, context) = match name {
+            "260k" => (64, 5, 8, 4, 172, 512, 512),
+            "15m" => (288, 6, 6, 6, 768, 32000, 256),
+            "42m" => (512, 8, 8, 8, 1376, 32000, 1024),
+            "110m" => (768, 12, 12, 12, 2048, 32000, 1024),
+            "1.1b" => (2048, 22, 32, 4, 5632, 32000, 2048),
+            "7b" => (4096, 32, 32, 32, 11008, 32000, 4096),
+            "13b" => (5120, 40, 40, 40, 13824, 32000, 4096),
+            "34b" => (8192, 48, 64, 8, 22016, 32000, 4096),
+            "70b" => (8192, 80, 64, 8, 28672, 32000, 4096),
+            _ => return None,
+        };
+        Some(Self {
+            dim,
+            layers,
+            heads,
+            kv_heads,
+            hidden,
+            vocab,
+            context,
+            norm_eps: 1e-5,
+            rope_theta: 10000.0,
+        })
+    }
+
+    /// The paper's rule for the feed-forward width: floor(2/3 · 4·dim), times `multiplier`,
+    /// rounded up to a multiple of `multiple_of`.
+    #[must_use]
+    pub fn ffn_hidden(dim: u32, multiplier: f64, multiple_of: u32) -> u32 {
+        let h = (f64::from(8 * u64::from(dim) as u32 / 3) * multiplier) as u32;
+        h.div_ceil(multiple_of) * multiple_of
+    }
+
+    /// Size of one attention head.
+    #[must_use]
+    pub fn head_dim(&self) -> u32 {
+        self.dim / self.heads
+    }
+
+    /// Number of units: embedding, layers, final norm with head.
+    #[must_use]
+    pub fn units(&self) -> u32 {
+        self.layers + 2
+    }
+
+    /// Number of parameters.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        let head = self.unit(UnitId(self.units() - 1));
+        head.last().map_or(0, |p| p.range().end)
+    }
+
+    /// Elements of one unit, given without walking the others.
+    fn unit_len(&self, unit: UnitId) -> u64 {
+        let (d, v) = (u64::from(self.dim), u64::from(self.vocab));
+        let kv = u64::from(self.kv_heads) * u64::from(self.head_dim());
+        match unit.0 {
+            0 => v * d,
+            u if u <= self.layers => 2 * d + 2 * d * d + 2 * kv * d + 3 * d * u64::from(self.hidden),
+            _ => d + v * d,
+        }
+    }
+
+    /// The elements of a unit in the flat model.
+    #[must_use]
+    pub fn unit_range(&self, unit: UnitId) -> Range<u64> {
+        let layers = u64::from(unit.0.saturating_sub(1).min(self.layers));
+        let start = match unit.0 {
+            0 => 0,
+            _ => self.unit_len(UnitId(0)) + layers * self.unit_len(UnitId(1)),
+        };
+        start..start + self.unit_len(unit)
+    }
+
+    /// The parameters of a unit, in the order in which they lie.
+    #[must_use]
+    pub fn unit(&self, unit: UnitId) -> Vec<Parameter> {
+        let (d, v, h) = (u64::from(self.dim), u64::from(self.vocab), u64::from(self.hidden));
+        let kv = u64::from(self.kv_heads) * u64::from(self.head_dim());
+        let std = Init::Normal(0.02);
+        let scaled = Init::Normal(0.02 / (2.0 * self.layers as f32).sqrt());
+        let list: Vec<(String, u64, u64, bool, Init)> = match unit.0 {
+            0 => vec![("model.embed_tokens.weight".into(), v, d, false, std)],
+            u if u <= self.layers => {
+                let n = |part: &str| format!("model.layers.{}.{part}.weight", u - 1);
+                vec![
+                    (n("input_layernorm"), 1, d, true, Init::Ones),
+                    (n("self_attn.q_proj"), d, d, false, std),
+                    (n("self_attn.k_proj"), kv, d, false, std),
+                    (n("self_attn.v_proj"), kv, d, false, std),
+                    (n("self_attn.o_proj"), d, d, false, scaled),
+                    (n("post_attention_layernorm"), 1, d, true, Init::Ones),
+                    (n("mlp.gate_proj"), h, d, false, std),
+                    (n("mlp.up_proj"), h, d, false, std),
+                    (n("mlp.down_proj"), d, h, false, scaled),
+                ]
+            }
+            _ => vec![
+                ("model.norm.weight".into(), 1, d, true, Init::Ones),
+                ("lm_head.weight".into(), v, d, false, std),
+            ],
+        };
+        let mut offset = self.unit_range(unit).start;
+        let mut parameters = Vec::with_capacity(list.len());
+        for (name, rows, cols, vector, init) in list {
+            parameters.push(Parameter { name, unit, rows, cols, vector, init, offset });
+            offset += rows * cols;
+        }
+        parameters
+    }
+
+    /// All parameters in the order of the flat model.
+    #[must_use]
+    pub fn all_parameters(&self) -> Vec<Parameter> {
+        (0..self.units()).flat_map(|u| self.unit(UnitId(u))).collect()
+    }
+
+    /// Floating-point operations to train on one token: 6 for each parameter of a matrix
+    /// product, plus causal attention, 6 · layers · length · dim (the PaLM paper's count,
+    /// arXiv 2204.02311 appendix B, halved for causality). Looking up an embedding is free.
+    #[must_use]
+    pub fn train_flops_per_token(&self, sequence_length: u32) -> f64 {
+        let table = f64::from(self.vocab) * f64::from(self.dim);
+        let matrices = self.parameters() as f64 - table;
+        let attention = f64::from(self.layers) * f64::from(sequence_length) * f64::from(self.dim);
+        6.0 * matrices + 6.0 * attention
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_have_the_parameter_counts_of_the_paper() {
+        let count = |name| ModelShape::preset(name).map(|m| m.parameters());
+        assert_eq!(count("7b"), Some(6_738_415_616));
+        assert_eq!(count("13b"), Some(13_015_864_320));
+        assert_eq!(count("34b"), Some(33_743_970_304));
+        assert_eq!(count("70b"), Some(68_976_648_192));
+        assert!(PRESETS.iter().all(|p| count(p).is_some()));
+        assert_eq!(count("8b"), None);
+    }
+
+    #[test]
+    fn the_ffn_rule_gives_all_four_sizes() {
+        assert_eq!(ModelShape::ffn_hidden(4096, 1.0, 256), 11008);
+        assert_eq!(ModelShape::ffn_hidden(5120, 1.0, 256), 13824);
+        assert_eq!(ModelShape::ffn_hidden(8192, 1.0, 256), 22016);
+        assert_eq!(ModelShape::ffn_hidden(8192, 1.3, 4096), 28672);
+    }
+
+    #[test]
+    fn parameters_tile_the_flat_model_unit_by_unit() {
+        let shape = ModelShape::preset("260k").unwrap();
+        let mut at = 0;
+        for parameter in shape.all_parameters() {
+            assert_eq!(parameter.offset, at, "{}", parameter.name);
+            let unit = shape.unit_range(parameter.unit);
+            assert!(unit.start <= at && parameter.range().end <= unit.end);
+            at = parameter.range().end;
+        }
+        assert_eq!(at, shape.parameters());
+    }
+}

@@ -1,0 +1,73 @@
+//! The run spec: everything that decides the bits of a run, and nothing else.
+
+use crate::{BatchShape, Digest, ModelShape, Recipe};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Version of the run spec's format; a reader refuses any other.
+pub const RUN_SPEC_VERSION: u32 = 1;
+
+/// What a run is. Immutable: the weights after step s are a function of this alone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSpec {
+    /// [`RUN_SPEC_VERSION`].
+    pub version: u32,
+    /// The run's name.
+    pub name: String,
+    /// The model.
+    pub model: ModelShape,
+    /// What it is trained on.
+    pub data: DataSpec,
+    /// How a global batch is cut.
+    pub batch: BatchShape,
+    /// The optimiser's recipe.
+    pub recipe: Recipe,
+    /// Key of all randomness.
+    pub seed: u64,
+    /// What may change bits besides.
+    pub numerics: NumericsClass,
+}
+
+/// The prepared token stream, by content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSpec {
+    /// Hash of the token shards and the tokenizer.
+    pub digest: Digest,
+    /// Tokens in the stream.
+    pub tokens: u64,
+}
+
+/// Number formats of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Everything in 32-bit floating point: the reference.
+    Fp32,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fp32 => f.write_str("fp32"),
+        }
+    }
+}
+
+/// What may change bits besides the rest of the run spec: number formats and the instruction
+/// family that the kernels use. Workers of one run have one class.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NumericsClass {
+    /// Number formats.
+    pub precision: Precision,
+    /// Instruction family, as the kernels name it (`avx512`, `avx2`, `portable`, …).
+    pub family: String,
+}
+
+impl fmt::Display for NumericsClass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.precision, self.family)
+    }
+}

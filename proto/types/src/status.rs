@@ -1,0 +1,284 @@
+//! What people are shown of a run.
+
+use crate::message::{Activity, Refusal};
+use crate::{Generation, Step, WorkerId};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Where a run is in its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Waiting for workers.
+    #[default]
+    Gathering,
+    /// Stopping one generation and planning the next.
+    Regrouping,
+    /// Stepping.
+    Running,
+    /// Writing the last checkpoint before the end.
+    Draining,
+    /// Drained; goes on another time.
+    Drained,
+    /// All steps are done.
+    Finished,
+    /// Cannot go on.
+    Failed,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gathering => "gathering",
+            Self::Regrouping => "regrouping",
+            Self::Running => "running",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Finished => "finished",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// Something that happened in a run, for people to read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Event {
+    /// A worker was taken on.
+    Joined {
+        /// Its id.
+        worker: WorkerId,
+        /// Its name.
+        name: String,
+    },
+    /// A worker was not taken on.
+    Refused {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: Refusal,
+    },
+    /// A worker is gone.
+    Lost {
+        /// Its id.
+        worker: WorkerId,
+        /// Why.
+        reason: LossReason,
+    },
+    /// Everybody is told to stop for a new generation.
+    Stopping {
+        /// The generation to come.
+        generation: Generation,
+        /// Whether the step in flight is finished first.
+        boundary: bool,
+    },
+    /// A new plan is in force.
+    Planned {
+        /// Its generation.
+        generation: Generation,
+        /// The step it starts from.
+        base: Step,
+        /// Its members.
+        members: Vec<WorkerId>,
+        /// Slices that move from members, with weights and state counted one each.
+        moved: u64,
+    },
+    /// Nobody alive had some slices: the run goes back.
+    RolledBack {
+        /// The newest step that was committed.
+        from: Step,
+        /// The step it goes back to.
+        to: Step,
+    },
+    /// A checkpoint is complete.
+    CheckpointWritten {
+        /// Its step.
+        step: Step,
+    },
+    /// A checkpoint could not be written; the run goes on.
+    CheckpointFailed {
+        /// Its step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
+    /// A damaged checkpoint was passed over.
+    CheckpointRefused {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Owners of one slice had different gradients; the step is done again.
+    Diverged {
+        /// The step.
+        step: Step,
+        /// The worker that noticed.
+        worker: WorkerId,
+    },
+    /// The run was asked to stop.
+    Draining,
+    /// The run was drained.
+    Drained {
+        /// The step of the last checkpoint.
+        step: Step,
+    },
+    /// All steps are done.
+    Finished {
+        /// The last step.
+        step: Step,
+    },
+    /// The run cannot go on.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why a worker is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossReason {
+    /// Its session was closed: the process died or its host did.
+    SessionClosed,
+    /// It was silent for longer than the failure budget.
+    Silent,
+    /// It asked to leave.
+    Left,
+    /// It broke the protocol.
+    Misbehaved,
+}
+
+impl fmt::Display for LossReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SessionClosed => "its session closed",
+            Self::Silent => "it was silent for longer than the failure budget",
+            Self::Left => "it asked to leave",
+            Self::Misbehaved => "it broke the protocol",
+        })
+    }
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Joined { worker, name } => write!(f, "{worker} ({name}) joined"),
+            Self::Refused { name, reason } => write!(f, "{name} was refused: {reason}"),
+            Self::Lost { worker, reason } => write!(f, "{worker} is gone: {reason}"),
+            Self::Stopping { generation, boundary: true } => {
+                write!(f, "stopping after this step for {generation}")
+            }
+            Self::Stopping { generation, boundary: false } => write!(f, "stopping at once for {generation}"),
+            Self::Planned { generation, base, members, moved } => {
+                write!(f, "{generation} goes on from step {base} with {} workers", members.len())?;
+                if *moved > 0 { write!(f, ", {moved} slices move") } else { Ok(()) }
+            }
+            Self::RolledBack { from, to } => {
+                write!(f, "some slices have no living owner: the run goes back from step {from} to step {to}")
+            }
+            Self::CheckpointWritten { step } => write!(f, "checkpoint of step {step} written"),
+            Self::CheckpointFailed { step, reason } => {
+                write!(f, "checkpoint of step {step} failed: {reason}")
+            }
+            Self::CheckpointRefused { name, reason } => {
+                write!(f, "checkpoint {name} is damaged and was passed over: {reason}")
+            }
+            Self::Diverged { step, worker } => {
+                write!(
+                    f,
+                    "{worker} found owners of one slice with different gradients at step {step}; it is done again"
+                )
+            }
+            Self::Draining => f.write_str("asked to stop: a checkpoint is written after this step"),
+            Self::Drained { step } => {
+                write!(f, "stopped at step {step}; the same command goes on from there")
+            }
+            Self::Finished { step } => write!(f, "finished at step {step}"),
+            Self::Failed { reason } => write!(f, "the run cannot go on: {reason}"),
+        }
+    }
+}
+
+/// An [`Event`] with its time and place.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoggedEvent {
+    /// Running number from 0, for clients that poll.
+    pub number: u64,
+    /// Milliseconds since the Unix epoch, by the coordinator's clock; for people only.
+    pub unix_ms: u64,
+    /// The newest committed step then.
+    pub step: Step,
+    /// The event as a sentence.
+    pub text: String,
+    /// The event.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// One committed step, for curves and the metrics file.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// The step.
+    pub step: Step,
+    /// The generation that committed it.
+    pub generation: Generation,
+    /// Mean loss, in nats a token.
+    pub loss: f64,
+    /// Global gradient norm before clipping.
+    pub norm: f64,
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Tokens in the global batch.
+    pub tokens: u64,
+    /// Tokens a second since the last commit.
+    pub tokens_per_second: f64,
+    /// Members that committed it.
+    pub workers: u32,
+    /// Milliseconds since the Unix epoch, by the coordinator's clock; for people only.
+    pub unix_ms: u64,
+}
+
+/// A worker as people are shown it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Its id.
+    pub worker: WorkerId,
+    /// Its name.
+    pub name: String,
+    /// Whether it is a member of the current plan.
+    pub member: bool,
+    /// Its lanes, first and one past the last.
+    pub lanes: (u32, u32),
+    /// Slices that it owns.
+    pub owned_slices: u32,
+    /// What it is doing.
+    pub activity: Activity,
+    /// The newest step that it has applied.
+    pub applied: Step,
+    /// Milliseconds since it was last heard.
+    pub silent_ms: u64,
+}
+
+/// A run at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The run's name.
+    pub run: String,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// The current generation.
+    pub generation: Generation,
+    /// The newest committed step.
+    pub step: Step,
+    /// Steps in all.
+    pub steps: u64,
+    /// Metrics of the newest step.
+    pub last: Option<StepMetrics>,
+    /// Seconds until the end, at the pace of the last steps.
+    pub eta_seconds: Option<f64>,
+    /// The newest checkpoint.
+    pub checkpoint: Option<Step>,
+    /// The workers, ascending by id.
+    pub workers: Vec<WorkerStatus>,
+}

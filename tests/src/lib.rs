@@ -1,0 +1,1 @@
+//! Caravan's tests across crates: scenarios, real processes, goldens, tidy.

@@ -1,0 +1,1 @@
+//! From files to batches: find, deduplicate, tokenise, shard, and sample as a pure function of (seed, step, index).

@@ -1,0 +1,1 @@
+//! Model and optimiser on one device. Knows no ranks, peers or plans.

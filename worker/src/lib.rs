@@ -1,0 +1,1 @@
+//! The worker around its core: coordinator session, fabric, engine thread.
