@@ -92,12 +92,15 @@ pub enum Source {
 pub enum IdleReason {
     /// There are fewer lanes than workers.
     MoreWorkersThanLanes,
+    /// It asked to leave, and stays until the others have what it holds.
+    Leaving,
 }
 
 impl fmt::Display for IdleReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::MoreWorkersThanLanes => f.write_str("there are more workers than lanes"),
+            Self::Leaving => f.write_str("it leaves as soon as the others have what it holds"),
         }
     }
 }
