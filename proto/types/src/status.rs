@@ -207,7 +207,9 @@ pub struct LoggedEvent {
     pub number: u64,
     /// Milliseconds since the Unix epoch, by the coordinator's clock; for people only.
     pub unix_ms: u64,
-    /// The newest committed step then.
+    /// The newest committed step then. Not called `step` in JSON, where several events have a
+    /// step of their own beside it.
+    #[serde(rename = "at_step")]
     pub step: Step,
     /// The event as a sentence.
     pub text: String,
@@ -281,4 +283,18 @@ pub struct Snapshot {
     pub checkpoint: Option<Step>,
     /// The workers, ascending by id.
     pub workers: Vec<WorkerStatus>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_logged_event_keeps_its_own_step_and_that_of_the_event_through_json() {
+        let event = Event::CheckpointWritten { step: Step(50) };
+        let logged = LoggedEvent { number: 7, unix_ms: 1, step: Step(51), text: event.to_string(), event };
+        let json = serde_json::to_string(&logged).expect("plain data serialises");
+        assert!(json.contains("\"at_step\":51") && json.contains("\"step\":50"), "{json}");
+        assert_eq!(serde_json::from_str::<LoggedEvent>(&json).expect("it reads its own text"), logged);
+    }
 }
