@@ -1,1 +1,169 @@
-//! Decides: membership, generations, plans, heal. A pure state machine without clock, runtime or I/O.
+//! Decides: who is a member, which generation is in force, what the plan is, when the run ends.
+//!
+//! A total function of its inputs: no runtime, no clock, no I/O, no randomness; purity is a fact
+//! of `Cargo.toml`. Time is an argument, outputs are data, bad input becomes an output.
+//!
+//! The driver's duties:
+//! 1. One input at a time; its outputs are carried out in order before the next input.
+//! 2. Nothing is sent or answered before every earlier [`Output::Persist`] is durable. A
+//!    generation that was announced and then forgotten could be given twice.
+//! 3. [`Core::next_deadline`] is asked after every input; an [`Input::Tick`] comes no earlier.
+//! 4. `now` never goes back and has nothing to do with any other host's clock.
+//! 5. Sessions are numbered once; after [`Input::Closed`] a session says nothing more.
+//!
+//! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
+//! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out the slices,
+//! `saves` watches checkpoints being written.
+
+mod core;
+mod members;
+mod owners;
+mod planner;
+mod regroup;
+mod saves;
+
+pub use crate::core::Core;
+pub use crate::planner::{Candidate, Start, plan};
+
+use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, ToWorker};
+use caravan_types::status::Event;
+use caravan_types::task::SavedPart;
+use caravan_types::{Generation, ModelShape, Plan, Step, WorkerId};
+use serde::{Deserialize, Serialize};
+
+/// Milliseconds on a clock that only goes forward, from any origin.
+pub type Millis = u64;
+
+/// A connection, numbered by the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Session(pub u64);
+
+/// What the core needs to know of the run and its settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The model.
+    pub shape: ModelShape,
+    /// Lanes of the run.
+    pub lanes: u32,
+    /// Steps of the run.
+    pub steps: u64,
+    /// Instruction family of the run's numerics class.
+    pub family: String,
+    /// Owners per slice, where there are so many members.
+    pub redundancy: u32,
+    /// The first plan waits for this many workers, but no longer than the failure budget
+    /// once the first one is there.
+    pub workers: u32,
+    /// The failure budget.
+    pub detect_ms: u64,
+}
+
+/// What is known from before this coordinator started.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// The newest generation that was ever announced.
+    pub generation: Generation,
+    /// The first worker id that was never given.
+    pub next_worker: u64,
+    /// The newest intact checkpoint.
+    pub checkpoint: Option<Step>,
+}
+
+/// What the core is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    /// Somebody wants to be a worker.
+    Hello {
+        /// Where it speaks from.
+        session: Session,
+        /// Who it is.
+        hello: Hello,
+    },
+    /// A worker says something.
+    Message {
+        /// The worker.
+        worker: WorkerId,
+        /// What it says.
+        message: FromWorker,
+    },
+    /// A session ended.
+    Closed {
+        /// Which one.
+        session: Session,
+    },
+    /// A manifest that was asked for is written, or not.
+    Completed {
+        /// As in [`Output::Complete`].
+        generation: Generation,
+        /// As in [`Output::Complete`].
+        step: Step,
+        /// Why it failed.
+        result: Result<(), String>,
+    },
+    /// Stop after the step in flight, with a checkpoint.
+    Drain,
+    /// Time has passed.
+    Tick,
+}
+
+/// What must be durable before anything after it happens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Record {
+    /// This generation is about to be announced.
+    Generation(Generation),
+    /// The first worker id that was never given.
+    Worker(u64),
+    /// This plan is about to be in force.
+    Plan(Plan),
+    /// This checkpoint is complete.
+    Checkpoint(Step),
+}
+
+/// What the driver is told to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// Make it durable.
+    Persist(Record),
+    /// Take the worker on, with this id.
+    Welcome {
+        /// Where it speaks from.
+        session: Session,
+        /// Its id.
+        worker: WorkerId,
+    },
+    /// Turn it away, and close the session.
+    Refuse {
+        /// Where it speaks from.
+        session: Session,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Tell a worker something. After a [`ToWorker::Goodbye`] its session is closed.
+    Send {
+        /// The worker.
+        worker: WorkerId,
+        /// What it is told.
+        message: ToWorker,
+    },
+    /// All parts of a checkpoint are written: write its manifest, then answer with
+    /// [`Input::Completed`].
+    Complete {
+        /// The generation that wrote the parts.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// The parts.
+        parts: Vec<SavedPart>,
+    },
+    /// Something that people want to know.
+    Note(Event),
+    /// A step was committed for the first time.
+    Committed {
+        /// The step, as the first member that spoke saw it.
+        committed: Committed,
+        /// Members of the plan that committed it.
+        workers: u32,
+    },
+    /// The run is over and everybody has been told.
+    End(Farewell),
+}

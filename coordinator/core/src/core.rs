@@ -1,0 +1,532 @@
+//! The coordinator's state and its transitions.
+
+use crate::members::Members;
+use crate::planner::{self, Candidate};
+use crate::regroup::{self, Agreement};
+use crate::saves::Saves;
+use crate::{Config, Input, Millis, Output, Record, Restored, Session};
+use caravan_types::message::{
+    Committed, Farewell, FromWorker, Hello, PROTOCOL_VERSION, Refusal, Report, ToWorker,
+};
+use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
+use caravan_types::task::SavedPart;
+use caravan_types::{Generation, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
+use std::collections::BTreeMap;
+
+/// A worker that others lost this often without a step in between is cut out: the fault is
+/// more likely on its side of the network, and trying again has not helped twice.
+const MOST_SUSPICIONS: u32 = 3;
+
+/// Owners of one slice that differ this often without a step in between do not differ by
+/// chance; going on would write bad weights.
+const MOST_DIVERGENCES: u32 = 3;
+
+/// The coordinator's decisions. See the crate's head for the driver's duties.
+#[derive(Clone, Debug)]
+pub struct Core {
+    config: Config,
+    table: SliceTable,
+    phase: Phase,
+    members: Members,
+    next_worker: u64,
+    /// The newest generation that was announced.
+    generation: Generation,
+    /// The plan in force: none before the first one and after all its members died.
+    plan: Option<Plan>,
+    /// While regrouping: whether the step in flight is finished first.
+    boundary: bool,
+    /// When gathering ends with fewer workers than wanted, or a stop must be answered.
+    deadline: Option<Millis>,
+    /// The newest committed step, as told.
+    committed: Option<Committed>,
+    checkpoint: Option<Step>,
+    saves: Saves,
+    divergences: u32,
+    draining: bool,
+}
+
+impl Core {
+    /// A coordinator that has no workers yet.
+    #[must_use]
+    pub fn new(config: Config, restored: Restored, _now: Millis) -> Self {
+        let table = SliceTable::new(&config.shape);
+        Self {
+            config,
+            table,
+            phase: Phase::Gathering,
+            members: Members::default(),
+            next_worker: restored.next_worker.max(1),
+            generation: restored.generation,
+            plan: None,
+            boundary: false,
+            deadline: None,
+            committed: None,
+            checkpoint: restored.checkpoint,
+            saves: Saves::default(),
+            divergences: 0,
+            draining: false,
+        }
+    }
+
+    /// Takes one input; what is to be done about it is appended to `out`, in order.
+    pub fn handle(&mut self, now: Millis, input: Input, out: &mut Vec<Output>) {
+        if self.over() {
+            if let Input::Hello { session, .. } = input {
+                out.push(Output::Refuse { session, refusal: Refusal::NotTaking });
+            }
+            return;
+        }
+        match input {
+            Input::Hello { session, hello } => self.hello(now, session, hello, out),
+            Input::Message { worker, message } => self.message(now, worker, message, out),
+            Input::Closed { session } => {
+                if let Some(worker) = self.members.by_session(session) {
+                    self.lose(now, worker, LossReason::SessionClosed, out);
+                }
+            }
+            Input::Completed { generation: _, step, result } => self.completed(step, result, out),
+            Input::Drain => self.drain(now, out),
+            Input::Tick => self.tick(now, out),
+        }
+    }
+
+    /// When a [`Input::Tick`] is wanted, if nothing else happens.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Millis> {
+        if self.over() {
+            return None;
+        }
+        let silent = self.members.iter().map(|(_, w)| w.heard + self.config.detect_ms).min();
+        silent.into_iter().chain(self.deadline).min()
+    }
+
+    /// Where the run is in its life.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The newest generation that was announced.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The newest step that is known to be committed.
+    #[must_use]
+    pub fn step(&self) -> Step {
+        let planned = self.plan.as_ref().map(|p| p.base);
+        let told = self.committed.as_ref().map(|c| c.step);
+        told.max(planned).or(self.checkpoint).unwrap_or_default()
+    }
+
+    /// The newest complete checkpoint.
+    #[must_use]
+    pub fn checkpoint(&self) -> Option<Step> {
+        self.checkpoint
+    }
+
+    /// The workers as people are shown them, ascending by id.
+    #[must_use]
+    pub fn workers(&self, now: Millis) -> Vec<WorkerStatus> {
+        let mut owned: BTreeMap<WorkerId, u32> = BTreeMap::new();
+        for worker in self.plan.iter().flat_map(|p| p.owners.iter().flatten()) {
+            *owned.entry(*worker).or_default() += 1;
+        }
+        let lanes = |id| {
+            let mut pipelines = self.plan.iter().flat_map(|p| &p.pipelines);
+            let of = pipelines.find(|p| p.stages.iter().any(|s| s.worker == id));
+            of.map_or((0, 0), |p| (p.lanes.start, p.lanes.end))
+        };
+        let status = |(id, w): (WorkerId, &crate::members::Worker)| WorkerStatus {
+            worker: id,
+            name: w.name.clone(),
+            member: self.plan.as_ref().is_some_and(|p| p.has(id)),
+            lanes: lanes(id),
+            owned_slices: owned.get(&id).copied().unwrap_or(0),
+            activity: w.activity,
+            applied: w.applied,
+            silent_ms: now.saturating_sub(w.heard),
+        };
+        self.members.iter().map(status).collect()
+    }
+
+    fn over(&self) -> bool {
+        matches!(self.phase, Phase::Drained | Phase::Finished | Phase::Failed)
+    }
+
+    // ---- membership ----
+
+    fn hello(&mut self, now: Millis, session: Session, hello: Hello, out: &mut Vec<Output>) {
+        let refusal = if hello.protocol != PROTOCOL_VERSION {
+            Some(Refusal::Protocol { ours: PROTOCOL_VERSION, theirs: hello.protocol })
+        } else if !hello.families.contains(&self.config.family) {
+            Some(Refusal::Numerics { needed: self.config.family.clone(), offered: hello.families.clone() })
+        } else {
+            self.draining.then_some(Refusal::NotTaking)
+        };
+        if let Some(refusal) = refusal {
+            out.push(Output::Note(Event::Refused { name: hello.name, reason: refusal.clone() }));
+            return out.push(Output::Refuse { session, refusal });
+        }
+        let worker = WorkerId(self.next_worker);
+        self.next_worker += 1;
+        out.push(Output::Persist(Record::Worker(self.next_worker)));
+        out.push(Output::Welcome { session, worker });
+        out.push(Output::Note(Event::Joined { worker, name: hello.name.clone() }));
+        self.members.add(worker, session, hello, now);
+        if self.phase == Phase::Regrouping {
+            let stop = ToWorker::Stop { generation: self.generation, boundary: self.boundary };
+            out.push(Output::Send { worker, message: stop });
+        }
+        self.consider(now, out);
+    }
+
+    fn message(&mut self, now: Millis, worker: WorkerId, message: FromWorker, out: &mut Vec<Output>) {
+        let Some(known) = self.members.get_mut(worker) else { return };
+        known.heard = now;
+        match message {
+            FromWorker::Heartbeat { applied, activity } => {
+                known.applied = applied;
+                known.activity = activity;
+            }
+            FromWorker::Report(report) => self.report(now, worker, report, out),
+            FromWorker::Committed(committed) => self.commit(now, worker, committed, out),
+            FromWorker::PeerLost { generation, peer } => self.suspect(now, generation, peer, out),
+            FromWorker::Diverged { generation, step, .. } => {
+                self.diverged(now, worker, generation, step, out)
+            }
+            FromWorker::Saved { generation, step, part } => self.saved(generation, step, part, out),
+            FromWorker::Leaving => {
+                known.leaving = true;
+                self.consider(now, out);
+            }
+        }
+    }
+
+    fn lose(&mut self, now: Millis, worker: WorkerId, reason: LossReason, out: &mut Vec<Output>) {
+        if !self.members.remove(worker) {
+            return;
+        }
+        if reason != LossReason::SessionClosed {
+            out.push(Output::Send { worker, message: ToWorker::Goodbye(Farewell::Fenced) });
+        }
+        out.push(Output::Note(Event::Lost { worker, reason }));
+        self.consider(now, out);
+    }
+
+    /// A connection between two members broke. Whoever is dead will be known at once by its
+    /// session; whoever lives gets a new generation with new connections.
+    fn suspect(&mut self, now: Millis, generation: Generation, peer: WorkerId, out: &mut Vec<Output>) {
+        let current = self.plan.as_ref().is_some_and(|p| p.generation == generation);
+        if !current || self.phase == Phase::Regrouping && !self.boundary {
+            return;
+        }
+        let Some(suspect) = self.members.get_mut(peer) else { return };
+        suspect.suspected += 1;
+        if suspect.suspected >= MOST_SUSPICIONS {
+            return self.lose(now, peer, LossReason::Misbehaved, out);
+        }
+        self.stop(now, false, out);
+    }
+
+    fn diverged(
+        &mut self,
+        now: Millis,
+        worker: WorkerId,
+        generation: Generation,
+        step: Step,
+        out: &mut Vec<Output>,
+    ) {
+        let current = self.plan.as_ref().is_some_and(|p| p.generation == generation);
+        if !current || self.phase == Phase::Regrouping && !self.boundary {
+            return;
+        }
+        out.push(Output::Note(Event::Diverged { step, worker }));
+        self.divergences += 1;
+        if self.divergences >= MOST_DIVERGENCES {
+            let reason = format!(
+                "owners of one slice had different gradients {MOST_DIVERGENCES} times at step {step}: \
+                 a worker computes wrong values; find it by running with fewer workers, then start again"
+            );
+            return self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out);
+        }
+        self.stop(now, false, out);
+    }
+
+    fn tick(&mut self, now: Millis, out: &mut Vec<Output>) {
+        let due = |heard: Millis| now >= heard + self.config.detect_ms;
+        let silent: Vec<WorkerId> =
+            self.members.iter().filter(|(_, w)| due(w.heard)).map(|(id, _)| id).collect();
+        for worker in silent {
+            self.lose(now, worker, LossReason::Silent, out);
+        }
+        if self.deadline.is_some_and(|d| now >= d) {
+            self.deadline = None;
+            match self.phase {
+                Phase::Gathering if !self.members.is_empty() => self.stop(now, false, out),
+                Phase::Regrouping => {
+                    let mute = self.members.iter().filter(|(_, w)| w.report.is_none());
+                    for worker in mute.map(|(id, _)| id).collect::<Vec<_>>() {
+                        self.lose(now, worker, LossReason::Silent, out);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    // ---- generations ----
+
+    /// Looks at who is there, and starts whatever that calls for.
+    fn consider(&mut self, now: Millis, out: &mut Vec<Output>) {
+        if self.over() {
+            return;
+        }
+        let dead = self.plan.iter().flat_map(|p| &p.members).any(|m| !self.members.has(m.worker));
+        if self.members.is_empty() {
+            return self.empty(out);
+        }
+        match self.phase {
+            Phase::Gathering if self.members.len() >= self.config.workers as usize => {
+                self.stop(now, false, out)
+            }
+            Phase::Gathering => {
+                self.deadline.get_or_insert(now + self.config.detect_ms);
+            }
+            Phase::Regrouping if dead && self.boundary => self.stop(now, false, out),
+            Phase::Regrouping => self.decide(now, out),
+            Phase::Running | Phase::Draining if dead => self.stop(now, false, out),
+            Phase::Running if self.wants_change() => self.stop(now, true, out),
+            _ => {}
+        }
+    }
+
+    /// Nobody is left: wait for workers, or be drained.
+    fn empty(&mut self, out: &mut Vec<Output>) {
+        self.plan = None;
+        self.deadline = None;
+        self.phase = Phase::Gathering;
+        if self.draining {
+            let step = self.checkpoint.unwrap_or_default();
+            self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+        }
+    }
+
+    /// Whether the plan should be another one at the next step boundary.
+    fn wants_change(&self) -> bool {
+        let Some(plan) = &self.plan else { return false };
+        let joined = self.members.iter().any(|(id, _)| !plan.has(id));
+        joined || self.members.any_leaving() || self.draining
+    }
+
+    /// Announces a new generation: everybody stops, at once or after the step in flight.
+    fn stop(&mut self, now: Millis, boundary: bool, out: &mut Vec<Output>) {
+        self.generation = self.generation.next();
+        self.phase = Phase::Regrouping;
+        self.boundary = boundary;
+        // A stop at once is answered at once. A step may take as long as it takes; a member
+        // that dies in it is known by its session or its silence.
+        self.deadline = (!boundary).then_some(now + self.config.detect_ms);
+        self.members.clear_reports();
+        out.push(Output::Persist(Record::Generation(self.generation)));
+        out.push(Output::Note(Event::Stopping { generation: self.generation, boundary }));
+        for worker in self.members.ids() {
+            let message = ToWorker::Stop { generation: self.generation, boundary };
+            out.push(Output::Send { worker, message });
+        }
+    }
+
+    fn report(&mut self, now: Millis, worker: WorkerId, report: Report, out: &mut Vec<Output>) {
+        if self.phase != Phase::Regrouping || report.generation != self.generation {
+            return;
+        }
+        let in_range =
+            |set: &SliceSet| set.iter().last().is_none_or(|SliceId(i)| (i as usize) < self.table.len());
+        if !(in_range(&report.state) && in_range(&report.weights) && report.prepared.iter().all(in_range)) {
+            return self.lose(now, worker, LossReason::Misbehaved, out);
+        }
+        if let Some(known) = self.members.get_mut(worker) {
+            known.applied = report.applied;
+            known.report = Some(report);
+        }
+        self.decide(now, out);
+    }
+
+    /// Once everybody has reported: goes on with a new plan, or saves and ends.
+    fn decide(&mut self, now: Millis, out: &mut Vec<Output>) {
+        let Some(reports) = self.members.reports(self.generation) else { return };
+        let agreement = regroup::agree(&reports, self.committed.as_ref(), self.checkpoint, self.table.len());
+        self.deadline = None;
+        if self.draining && agreement.settled {
+            return self.save_and_end(&agreement, out);
+        }
+        if let Some(from) = agreement.lost {
+            out.push(Output::Note(Event::RolledBack { from, to: agreement.start.base }));
+        }
+        self.committed = self.committed.take().filter(|c| c.step <= agreement.start.base);
+        self.adopt(now, agreement, out);
+    }
+
+    /// Makes a plan of an agreement and puts it in force.
+    fn adopt(&mut self, now: Millis, agreement: Agreement, out: &mut Vec<Output>) {
+        let candidates = self.candidates(agreement);
+        let (start, candidates) = candidates;
+        let stays = |w: &WorkerId| candidates.iter().any(|c| c.member.worker == *w);
+        let gone: Vec<WorkerId> = self.members.ids().into_iter().filter(|w| !stays(w)).collect();
+        for worker in gone {
+            out.push(Output::Send { worker, message: ToWorker::Goodbye(Farewell::Left) });
+            out.push(Output::Note(Event::Lost { worker, reason: LossReason::Left }));
+            self.members.remove(worker);
+        }
+        if candidates.is_empty() {
+            return self.consider(now, out);
+        }
+        let (units, lanes, r) = (self.config.shape.units(), self.config.lanes, self.config.redundancy);
+        let plan = planner::plan(self.generation, start, &self.table, units, lanes, r, &candidates);
+        out.push(Output::Persist(Record::Plan(plan.clone())));
+        out.push(Output::Note(planned(&plan)));
+        for worker in plan.members.iter().map(|m| m.worker) {
+            out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
+        }
+        self.plan = Some(plan);
+        self.phase = Phase::Running;
+    }
+
+    /// Who can be in the next plan. A leaver stays one more generation where the others lack
+    /// something that it holds, and never where it would be alone.
+    fn candidates(&self, agreement: Agreement) -> (planner::Start, Vec<Candidate>) {
+        let Agreement { start, mut holdings, .. } = agreement;
+        let mut all = Vec::with_capacity(self.members.len());
+        for (id, worker) in self.members.iter() {
+            let holding = holdings.remove(&id).unwrap_or_default();
+            let Some(member) = self.members.member(id) else { continue };
+            let leaving = worker.leaving;
+            all.push(Candidate { member, state: holding.state, weights: holding.weights, leaving });
+        }
+        let kept: SliceSet = all.iter().filter(|c| !c.leaving).flat_map(|c| c.state.iter()).collect();
+        if all.iter().all(|c| c.leaving) || kept.len() == self.table.len() {
+            all.retain(|c| !c.leaving);
+        }
+        (start, all)
+    }
+
+    fn commit(&mut self, now: Millis, worker: WorkerId, committed: Committed, out: &mut Vec<Output>) {
+        if let Some(known) = self.members.get_mut(worker) {
+            known.applied = known.applied.max(committed.step);
+        }
+        let Some(plan) = &self.plan else { return };
+        let newest = self.committed.as_ref().map_or(plan.base, |c| c.step.max(plan.base));
+        if committed.generation != plan.generation || committed.step <= newest {
+            return;
+        }
+        let workers = plan.members.len() as u32;
+        self.members.clear_suspicions();
+        self.divergences = 0;
+        self.committed = Some(committed.clone());
+        out.push(Output::Committed { committed, workers });
+        self.consider(now, out);
+    }
+
+    // ---- checkpoints and the end ----
+
+    fn saved(
+        &mut self,
+        generation: Generation,
+        step: Step,
+        part: Result<SavedPart, String>,
+        out: &mut Vec<Output>,
+    ) {
+        match part {
+            Ok(part) => {
+                if let Some(parts) = self.saves.add(generation, step, part, self.table.len()) {
+                    out.push(Output::Complete { generation, step, parts });
+                }
+            }
+            Err(reason) => {
+                self.saves.give_up(generation, step);
+                self.completed(step, Err(reason), out);
+            }
+        }
+    }
+
+    fn completed(&mut self, step: Step, result: Result<(), String>, out: &mut Vec<Output>) {
+        let last = step.0 >= self.config.steps;
+        match result {
+            Ok(()) => {
+                self.checkpoint = self.checkpoint.max(Some(step));
+                out.push(Output::Persist(Record::Checkpoint(step)));
+                out.push(Output::Note(Event::CheckpointWritten { step }));
+                if last {
+                    self.end(Phase::Finished, Event::Finished { step }, Farewell::Finished, out);
+                } else if self.phase == Phase::Draining {
+                    self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+                }
+            }
+            Err(reason) => {
+                out.push(Output::Note(Event::CheckpointFailed { step, reason: reason.clone() }));
+                if last || self.phase == Phase::Draining {
+                    let reason =
+                        format!("its last checkpoint, of step {step}, could not be written: {reason}");
+                    self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out);
+                }
+            }
+        }
+    }
+
+    fn drain(&mut self, now: Millis, out: &mut Vec<Output>) {
+        if self.draining {
+            return;
+        }
+        self.draining = true;
+        out.push(Output::Note(Event::Draining));
+        match self.phase {
+            // No plan yet: there is nothing that a checkpoint would keep.
+            Phase::Gathering => {
+                let step = self.checkpoint.unwrap_or_default();
+                self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+            }
+            _ => self.consider(now, out),
+        }
+    }
+
+    /// Everybody has stopped at the same step: it is written down, and the run ends.
+    fn save_and_end(&mut self, agreement: &Agreement, out: &mut Vec<Output>) {
+        let step = agreement.start.base;
+        if self.checkpoint == Some(step) {
+            return self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+        }
+        self.phase = Phase::Draining;
+        let mut share: BTreeMap<WorkerId, SliceSet> = BTreeMap::new();
+        for (slice, _) in self.table.iter() {
+            let holders = agreement.holdings.iter().filter(|(_, h)| h.state.contains(slice)).map(|(w, _)| *w);
+            if let Some(worker) = holders.min_by_key(|w| (share.get(w).map_or(0, SliceSet::len), *w)) {
+                share.entry(worker).or_default().insert(slice);
+            }
+        }
+        for (worker, slices) in share {
+            let message = ToWorker::Save { generation: self.generation, step, slices };
+            out.push(Output::Send { worker, message });
+        }
+    }
+
+    fn end(&mut self, phase: Phase, event: Event, farewell: Farewell, out: &mut Vec<Output>) {
+        self.phase = phase;
+        self.deadline = None;
+        out.push(Output::Note(event));
+        for worker in self.members.ids() {
+            out.push(Output::Send { worker, message: ToWorker::Goodbye(farewell) });
+        }
+        out.push(Output::End(farewell));
+    }
+}
+
+fn planned(plan: &Plan) -> Event {
+    let from_peer = |t: &&caravan_types::Transfer| matches!(t.from, caravan_types::Source::Peer(_));
+    Event::Planned {
+        generation: plan.generation,
+        base: plan.base,
+        members: plan.members.iter().map(|m| m.worker).collect(),
+        moved: plan.transfers.iter().filter(from_peer).map(|t| t.slices.len() as u64).sum(),
+    }
+}

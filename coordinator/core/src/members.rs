@@ -1,0 +1,105 @@
+//! The workers that have a session, and what is known of each.
+
+use crate::{Millis, Session};
+use caravan_types::message::{Activity, Hello, Report};
+use caravan_types::{Generation, Member, Step, WorkerId};
+use std::collections::BTreeMap;
+
+/// One worker.
+#[derive(Clone, Debug)]
+pub(crate) struct Worker {
+    pub(crate) session: Session,
+    pub(crate) name: String,
+    pub(crate) fabric: String,
+    /// When it was last heard.
+    pub(crate) heard: Millis,
+    pub(crate) applied: Step,
+    pub(crate) activity: Activity,
+    /// It asked to leave.
+    pub(crate) leaving: bool,
+    /// How often others lost their connection to it since a step was last committed.
+    pub(crate) suspected: u32,
+    /// Its answer to the stop of this generation.
+    pub(crate) report: Option<Report>,
+}
+
+/// All workers, by id.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Members {
+    workers: BTreeMap<WorkerId, Worker>,
+}
+
+impl Members {
+    pub(crate) fn add(&mut self, id: WorkerId, session: Session, hello: Hello, now: Millis) {
+        let worker = Worker {
+            session,
+            name: hello.name,
+            fabric: hello.fabric,
+            heard: now,
+            applied: Step(0),
+            activity: Activity::Waiting,
+            leaving: false,
+            suspected: 0,
+            report: None,
+        };
+        self.workers.insert(id, worker);
+    }
+
+    pub(crate) fn remove(&mut self, id: WorkerId) -> bool {
+        self.workers.remove(&id).is_some()
+    }
+
+    pub(crate) fn get_mut(&mut self, id: WorkerId) -> Option<&mut Worker> {
+        self.workers.get_mut(&id)
+    }
+
+    pub(crate) fn has(&self, id: WorkerId) -> bool {
+        self.workers.contains_key(&id)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.workers.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.workers.is_empty()
+    }
+
+    pub(crate) fn ids(&self) -> Vec<WorkerId> {
+        self.workers.keys().copied().collect()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (WorkerId, &Worker)> {
+        self.workers.iter().map(|(id, w)| (*id, w))
+    }
+
+    pub(crate) fn by_session(&self, session: Session) -> Option<WorkerId> {
+        self.iter().find(|(_, w)| w.session == session).map(|(id, _)| id)
+    }
+
+    pub(crate) fn any_leaving(&self) -> bool {
+        self.workers.values().any(|w| w.leaving)
+    }
+
+    /// Forgets what was reported for older generations.
+    pub(crate) fn clear_reports(&mut self) {
+        self.workers.values_mut().for_each(|w| w.report = None);
+    }
+
+    /// Nobody is suspected of anything any more: a step was committed.
+    pub(crate) fn clear_suspicions(&mut self) {
+        self.workers.values_mut().for_each(|w| w.suspected = 0);
+    }
+
+    /// All reports for `generation`, if everybody has sent one.
+    pub(crate) fn reports(&self, generation: Generation) -> Option<BTreeMap<WorkerId, &Report>> {
+        let said = |w: &'_ Worker| w.report.as_ref().is_some_and(|r| r.generation == generation);
+        let complete = self.workers.values().all(said);
+        let named = self.workers.iter().filter_map(|(id, w)| Some((*id, w.report.as_ref()?)));
+        complete.then(|| named.collect())
+    }
+
+    pub(crate) fn member(&self, id: WorkerId) -> Option<Member> {
+        self.workers.get(&id).map(|w| Member { worker: id, fabric: w.fabric.clone() })
+    }
+}
