@@ -1,1 +1,108 @@
-//! The worker's side of the step protocol. A pure state machine without clock, runtime or I/O.
+//! The worker's side of the step protocol.
+//!
+//! A total function of its inputs: no runtime, no clock, no I/O. It decides what to compute,
+//! what to send to whom and when a step is committed; tensors stay with the engine and are
+//! spoken of by [`Key`].
+//!
+//! The driver's duties:
+//! 1. One input at a time; its outputs are carried out in order before the next input.
+//! 2. [`Output::Task`], [`Output::Keep`] and [`Output::Send`] of data go to the engine through
+//!    one queue, so that what is sent is what the tasks before it made.
+//! 3. A fabric connection belongs to one generation. Messages of a generation that this worker
+//!    has not been told to [`Output::Connect`] yet wait outside.
+//! 4. [`Core::next_deadline`] is asked after every input; an [`Input::Tick`] comes no earlier.
+//!
+//! Reading order: [`Core`] is a member's life across generations: stop, report, plan, heal;
+//! `round` is the life of one step: compute, reduce, prepare, commit, publish; `heal` is what a
+//! member still lacks; `part` is its place in a plan.
+
+mod core;
+mod heal;
+mod part;
+mod round;
+
+pub use crate::core::Core;
+
+use caravan_types::message::{Farewell, FromWorker, ToWorker};
+use caravan_types::peer::{Key, PeerMessage};
+use caravan_types::task::{Done, Task};
+use caravan_types::{Generation, Member, ModelShape, WorkerId};
+
+/// Milliseconds on a clock that only goes forward, from any origin.
+pub type Millis = u64;
+
+/// What the core needs to know of the run, from the coordinator's welcome.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This worker.
+    pub worker: WorkerId,
+    /// The model.
+    pub shape: ModelShape,
+    /// Lanes of the run.
+    pub lanes: u32,
+    /// Steps of the run.
+    pub steps: u64,
+    /// A checkpoint is written after each step that this divides; only at the end where 0.
+    pub checkpoint_every: u64,
+    /// The failure budget.
+    pub detect_ms: u64,
+}
+
+/// What the core is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Input {
+    /// The coordinator says something.
+    Message(ToWorker),
+    /// Another member says something.
+    Peer {
+        /// The generation of the connection.
+        generation: Generation,
+        /// The member.
+        from: WorkerId,
+        /// What it says. The payload of data stays with the driver.
+        message: PeerMessage,
+    },
+    /// A fabric connection broke or could not be made.
+    PeerLost {
+        /// Its generation.
+        generation: Generation,
+        /// The member at the other end.
+        peer: WorkerId,
+    },
+    /// The engine has done something.
+    Done(Done),
+    /// The process was asked to go.
+    Leave,
+    /// Time has passed.
+    Tick,
+}
+
+/// What the driver is told to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Output {
+    /// Tell the coordinator.
+    Tell(FromWorker),
+    /// Give up computing and close the connections of generations below this one.
+    Fence(Generation),
+    /// Open the fabric of a generation to these members.
+    Connect {
+        /// The generation.
+        generation: Generation,
+        /// The other members.
+        peers: Vec<Member>,
+    },
+    /// Tell another member of the generation that was connected last. The payload of data
+    /// comes from the engine.
+    Send {
+        /// The member.
+        to: WorkerId,
+        /// The message.
+        message: PeerMessage,
+    },
+    /// Hand the payload of the input just given to the engine. Without it, it is dropped.
+    Keep(Key),
+    /// Have the engine do something.
+    Task(Task),
+    /// End the process.
+    Exit(Farewell),
+}

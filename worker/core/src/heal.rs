@@ -1,0 +1,45 @@
+//! What a member still lacks of what its plan says it must have.
+
+use crate::part::Place;
+use caravan_types::peer::Key;
+use caravan_types::{Part, SliceId, SliceSet, Source, Step, WorkerId};
+use std::collections::BTreeMap;
+
+/// Pieces that were asked for and are not here yet, with who brings each.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Heal {
+    missing: BTreeMap<(SliceId, Part), Source>,
+}
+
+impl Heal {
+    pub(crate) fn new(place: &Place) -> Self {
+        let pieces = place.wanted().flat_map(|(from, part, slices)| {
+            slices.iter().map(move |slice| ((slice, part), from)).collect::<Vec<_>>()
+        });
+        Self { missing: pieces.collect() }
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.missing.is_empty()
+    }
+
+    /// A peer brings a piece: which part it is, if it is one that is missed from that peer.
+    /// A piece of another step is not the piece that is missed.
+    pub(crate) fn arrives(&mut self, from: WorkerId, key: Key, base: Step) -> Option<Part> {
+        let part = match key {
+            Key::Weights { .. } => Part::Weights,
+            Key::State { .. } => Part::State,
+            Key::Partial { .. } => return None,
+        };
+        let piece = (key.slice(), part);
+        let expected = key.step() == base && self.missing.get(&piece) == Some(&Source::Peer(from));
+        expected.then(|| self.missing.remove(&piece)).map(|_| part)
+    }
+
+    /// Pieces that do not come from a peer are here.
+    pub(crate) fn local(&mut self, part: Part, slices: &SliceSet) {
+        for slice in slices.iter() {
+            self.missing.remove(&(slice, part));
+        }
+    }
+}

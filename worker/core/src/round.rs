@@ -1,0 +1,134 @@
+//! The life of one step: what has been computed, what has come in, who has voted.
+//!
+//! A peer can be one step ahead: it has applied the step that this member is prepared for, and
+//! already sends its partial sums for the next one, or the weights that it publishes. Such
+//! messages are kept by step and counted when their step begins here; anything further ahead or
+//! behind is not of this protocol.
+
+use caravan_types::peer::Prepared;
+use caravan_types::{Lane, Node, SliceId, SliceSet, SliceTable, Step, WorkerId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The step in flight.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Round {
+    /// Whether computing was begun.
+    pub(crate) begun: bool,
+    /// Losses of this member's lanes, once computed.
+    pub(crate) losses: Option<Vec<(Lane, f64)>>,
+    /// Slices whose reduction was ordered.
+    pub(crate) reducing: SliceSet,
+    /// Block norms of the slices that are reduced.
+    pub(crate) norms: BTreeMap<SliceId, Vec<f64>>,
+    /// Whether this member has voted.
+    pub(crate) voted: bool,
+}
+
+/// What came in for the step in flight and for the one after it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Inbox {
+    partials: BTreeMap<Step, BTreeMap<SliceId, BTreeSet<Node>>>,
+    votes: BTreeMap<Step, BTreeMap<WorkerId, Prepared>>,
+    /// Weights published for the step in flight, before it was applied here.
+    early: BTreeMap<Step, SliceSet>,
+}
+
+impl Inbox {
+    /// False where it was there already.
+    pub(crate) fn partial(&mut self, step: Step, slice: SliceId, node: Node) -> bool {
+        self.partials.entry(step).or_default().entry(slice).or_default().insert(node)
+    }
+
+    /// How many partial sums of a slice have come in.
+    pub(crate) fn partials(&self, step: Step, slice: SliceId) -> usize {
+        self.partials.get(&step).and_then(|s| s.get(&slice)).map_or(0, BTreeSet::len)
+    }
+
+    /// False where it was there already.
+    pub(crate) fn vote(&mut self, from: WorkerId, vote: Prepared) -> bool {
+        let votes = self.votes.entry(vote.step).or_default();
+        if votes.contains_key(&from) {
+            return false;
+        }
+        votes.insert(from, vote);
+        true
+    }
+
+    /// The votes for a step, if there are `members` of them.
+    pub(crate) fn unanimous(&self, step: Step, members: usize) -> Option<&BTreeMap<WorkerId, Prepared>> {
+        self.votes.get(&step).filter(|votes| votes.len() == members)
+    }
+
+    /// False where they were there already.
+    pub(crate) fn early(&mut self, step: Step, slice: SliceId) -> bool {
+        self.early.entry(step).or_default().insert(slice)
+    }
+
+    /// The early weights of a step that is now applied.
+    pub(crate) fn take_early(&mut self, step: Step) -> SliceSet {
+        self.early.remove(&step).unwrap_or_default()
+    }
+
+    /// Forgets all up to and including `applied`.
+    pub(crate) fn forget(&mut self, applied: Step) {
+        self.partials = self.partials.split_off(&applied.next());
+        self.votes = self.votes.split_off(&applied.next());
+        self.early = self.early.split_off(&applied.next());
+    }
+}
+
+/// What a unanimous vote says.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Verdict {
+    /// The step is committed, with its global norm and mean loss.
+    Commit { norm: f64, loss: f64 },
+    /// Owners of this slice have different gradients.
+    Diverged(SliceId),
+}
+
+/// Adds the votes up: squared block norms in the order of the flat model, losses in the order
+/// of the lanes, both in fp64, so that every member gets the same bits from the same votes.
+pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, table: &SliceTable) -> Verdict {
+    let mut blocks: BTreeMap<SliceId, &Vec<f64>> = BTreeMap::new();
+    let mut losses: BTreeMap<Lane, f64> = BTreeMap::new();
+    for vote in votes.values() {
+        for (slice, norms) in &vote.norms {
+            let first = blocks.entry(*slice).or_insert(norms);
+            let same = first.iter().map(|n| n.to_bits()).eq(norms.iter().map(|n| n.to_bits()));
+            if !same {
+                return Verdict::Diverged(*slice);
+            }
+        }
+        losses.extend(vote.losses.iter().copied());
+    }
+    debug_assert_eq!(blocks.len(), table.len());
+    let squares: f64 = blocks.values().flat_map(|b| b.iter()).sum();
+    Verdict::Commit { norm: squares.sqrt(), loss: losses.values().sum() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use caravan_types::ModelShape;
+
+    fn votes(second: f64) -> BTreeMap<WorkerId, Prepared> {
+        let table = SliceTable::new(&ModelShape::preset("260k").unwrap());
+        let norms = |scale: f64| table.iter().map(|(id, s)| (id, vec![scale; s.blocks()])).collect();
+        let vote = |lane, scale| Prepared {
+            step: Step(1),
+            norms: norms(scale),
+            losses: vec![(lane, 0.5)],
+            stop_for: None,
+        };
+        [(WorkerId(1), vote(0, 1.0)), (WorkerId(2), vote(1, second))].into()
+    }
+
+    #[test]
+    fn equal_votes_of_two_owners_count_once_and_different_ones_name_the_slice() {
+        let table = SliceTable::new(&ModelShape::preset("260k").unwrap());
+        let blocks: usize = table.iter().map(|(_, s)| s.blocks()).sum();
+        let norm = (blocks as f64).sqrt();
+        assert_eq!(count(&votes(1.0), &table), Verdict::Commit { norm, loss: 1.0 });
+        assert_eq!(count(&votes(1.0 + f64::EPSILON), &table), Verdict::Diverged(SliceId(0)));
+    }
+}
