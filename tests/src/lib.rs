@@ -1,1 +1,3 @@
-//! Caravan's tests across crates: scenarios, real processes, goldens, tidy.
+//! What Caravan's tests across crates share.
+
+pub mod cluster;

@@ -84,7 +84,7 @@ impl Core {
                     self.lose(now, worker, LossReason::SessionClosed, out);
                 }
             }
-            Input::Completed { generation: _, step, result } => self.completed(step, result, out),
+            Input::Completed { generation: _, step, result } => self.completed(now, step, result, out),
             Input::Drain => self.drain(now, out),
             Input::Tick => self.tick(now, out),
         }
@@ -196,7 +196,7 @@ impl Core {
             FromWorker::Diverged { generation, step, .. } => {
                 self.diverged(now, worker, generation, step, out)
             }
-            FromWorker::Saved { generation, step, part } => self.saved(generation, step, part, out),
+            FromWorker::Saved { generation, step, part } => self.saved(now, generation, step, part, out),
             FromWorker::Leaving => {
                 known.leaving = true;
                 self.consider(now, out);
@@ -358,8 +358,9 @@ impl Core {
         let Some(reports) = self.members.reports(self.generation) else { return };
         let agreement = regroup::agree(&reports, self.committed.as_ref(), self.checkpoint, self.table.len());
         self.deadline = None;
-        if self.draining && agreement.settled {
-            return self.save_and_end(&agreement, out);
+        let nobody_stays = self.members.iter().all(|(_, w)| w.leaving);
+        if (self.draining || nobody_stays) && agreement.settled {
+            return self.save(now, &agreement, out);
         }
         if let Some(from) = agreement.lost {
             out.push(Output::Note(Event::RolledBack { from, to: agreement.start.base }));
@@ -370,14 +371,11 @@ impl Core {
 
     /// Makes a plan of an agreement and puts it in force.
     fn adopt(&mut self, now: Millis, agreement: Agreement, out: &mut Vec<Output>) {
-        let candidates = self.candidates(agreement);
-        let (start, candidates) = candidates;
+        let (start, candidates) = self.candidates(agreement);
         let stays = |w: &WorkerId| candidates.iter().any(|c| c.member.worker == *w);
         let gone: Vec<WorkerId> = self.members.ids().into_iter().filter(|w| !stays(w)).collect();
         for worker in gone {
-            out.push(Output::Send { worker, message: ToWorker::Goodbye(Farewell::Left) });
-            out.push(Output::Note(Event::Lost { worker, reason: LossReason::Left }));
-            self.members.remove(worker);
+            self.dismiss(worker, out);
         }
         if candidates.is_empty() {
             return self.consider(now, out);
@@ -432,6 +430,7 @@ impl Core {
 
     fn saved(
         &mut self,
+        now: Millis,
         generation: Generation,
         step: Step,
         part: Result<SavedPart, String>,
@@ -445,12 +444,12 @@ impl Core {
             }
             Err(reason) => {
                 self.saves.give_up(generation, step);
-                self.completed(step, Err(reason), out);
+                self.completed(now, step, Err(reason), out);
             }
         }
     }
 
-    fn completed(&mut self, step: Step, result: Result<(), String>, out: &mut Vec<Output>) {
+    fn completed(&mut self, now: Millis, step: Step, result: Result<(), String>, out: &mut Vec<Output>) {
         let last = step.0 >= self.config.steps;
         match result {
             Ok(()) => {
@@ -460,7 +459,7 @@ impl Core {
                 if last {
                     self.end(Phase::Finished, Event::Finished { step }, Farewell::Finished, out);
                 } else if self.phase == Phase::Draining {
-                    self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+                    self.release(now, step, out);
                 }
             }
             Err(reason) => {
@@ -490,13 +489,13 @@ impl Core {
         }
     }
 
-    /// Everybody has stopped at the same step: it is written down, and the run ends.
-    fn save_and_end(&mut self, agreement: &Agreement, out: &mut Vec<Output>) {
+    /// Everybody has stopped at the same step: it is written down before they go.
+    fn save(&mut self, now: Millis, agreement: &Agreement, out: &mut Vec<Output>) {
         let step = agreement.start.base;
-        if self.checkpoint == Some(step) {
-            return self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
-        }
         self.phase = Phase::Draining;
+        if self.checkpoint == Some(step) {
+            return self.release(now, step, out);
+        }
         let mut share: BTreeMap<WorkerId, SliceSet> = BTreeMap::new();
         for (slice, _) in self.table.iter() {
             let holders = agreement.holdings.iter().filter(|(_, h)| h.state.contains(slice)).map(|(w, _)| *w);
@@ -508,6 +507,25 @@ impl Core {
             let message = ToWorker::Save { generation: self.generation, step, slices };
             out.push(Output::Send { worker, message });
         }
+    }
+
+    /// What was to be written is written: the run is drained, or, where all workers asked to
+    /// leave, waits for others.
+    fn release(&mut self, now: Millis, step: Step, out: &mut Vec<Output>) {
+        if self.draining {
+            return self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+        }
+        for worker in self.members.ids() {
+            self.dismiss(worker, out);
+        }
+        self.consider(now, out);
+    }
+
+    /// Lets a worker go that asked to.
+    fn dismiss(&mut self, worker: WorkerId, out: &mut Vec<Output>) {
+        out.push(Output::Send { worker, message: ToWorker::Goodbye(Farewell::Left) });
+        out.push(Output::Note(Event::Lost { worker, reason: LossReason::Left }));
+        self.members.remove(worker);
     }
 
     fn end(&mut self, phase: Phase, event: Event, farewell: Farewell, out: &mut Vec<Output>) {

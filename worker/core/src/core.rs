@@ -144,18 +144,20 @@ impl Core {
         if boundary && self.place.is_some() && !self.finished {
             self.wanted = self.wanted.max(Some(generation));
         } else {
+            out.push(Output::Fence(generation));
             self.promise(generation, out);
         }
     }
 
-    /// The report is a promise: nothing more is done in an older generation.
+    /// The report is a promise: nothing more is done in an older generation. At a step boundary
+    /// nothing is being computed, and the connections stay open until the next plan: what this
+    /// member has just published may still be on its way.
     fn promise(&mut self, generation: Generation, out: &mut Vec<Output>) {
         self.promised = generation;
         self.place = None;
         self.wanted = None;
         self.stopping = None;
         self.finished = false;
-        out.push(Output::Fence(generation));
         out.push(Output::Tell(FromWorker::Report(Report {
             generation,
             applied: self.applied,

@@ -84,7 +84,8 @@ pub enum Output {
     Tell(FromWorker),
     /// Give up computing and close the connections of generations below this one.
     Fence(Generation),
-    /// Open the fabric of a generation to these members.
+    /// Open the fabric of a generation to these members; connections of older generations are
+    /// of no use to anybody any more.
     Connect {
         /// The generation.
         generation: Generation,
