@@ -1,0 +1,298 @@
+//! The loop around the core: input → core → persist → send → publish.
+//!
+//! One actor owns the core, the store and the ends of all sessions. It is the only place that
+//! carries outputs out, so that the core's contract can be read off [`Driver::run`]: one input at
+//! a time, and every record of an input durable before anything that the input led to is seen
+//! outside. A store that fails ends the run: going on would mean answering without knowing what
+//! is remembered.
+
+use crate::CoordinatorError;
+use crate::checkpoints::Checkpoints;
+use crate::journal::{JournalHandle, View};
+use crate::store::Store;
+use crate::trace::Trace;
+use caravan_coordinator_core::{Core, Input, Millis, Output, Record, Session};
+use caravan_types::message::{Farewell, FromWorker, Hello, Refusal, ToWorker, Welcome};
+use caravan_types::status::{Event, Phase};
+use caravan_types::{Generation, Step, WorkerId};
+use caravan_wire::Down;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tonic::Status;
+
+/// Requests that may wait for the driver. A worker says a few things a second; this lets a
+/// thousand of them speak at once before sessions have to wait.
+const MAILBOX: usize = 1024;
+
+/// Messages that may wait for one worker. A generation takes four at most (stop, save, plan,
+/// goodbye); whoever is sixteen generations behind does not read.
+pub(crate) const OUTBOX: usize = 64;
+
+/// How often viewers are shown how things stand while something happens: as often as a
+/// terminal is redrawn without flicker.
+const VIEW_EVERY: Duration = Duration::from_millis(200);
+
+/// What goes down a session.
+pub(crate) type Outbox = mpsc::Sender<Result<Down, Status>>;
+
+/// What sessions and viewers ask of the driver.
+pub(crate) enum Request {
+    /// A session began.
+    Hello { session: Session, hello: Hello, outbox: Outbox },
+    /// A worker said something.
+    Message { session: Session, message: FromWorker },
+    /// A session ended.
+    Closed { session: Session },
+    /// The run is to stop.
+    Drain { reply: oneshot::Sender<Phase> },
+}
+
+/// The other end of a session.
+struct Link {
+    /// Gone when everything that it is to be told has been said.
+    outbox: Option<Outbox>,
+    /// Set when it was taken on.
+    worker: Option<WorkerId>,
+}
+
+/// What the driver works with.
+pub(crate) struct Parts<S> {
+    pub core: Core,
+    pub store: S,
+    pub journal: JournalHandle,
+    pub checkpoints: Arc<Checkpoints>,
+    /// What a worker is welcomed with, but for its id.
+    pub welcome: Welcome,
+    /// The clock that the core was made on, at 0.
+    pub origin: Instant,
+}
+
+pub(crate) struct Driver<S> {
+    parts: Parts<S>,
+    mailbox: mpsc::Receiver<Request>,
+    links: BTreeMap<Session, Link>,
+    /// Sessions that did not take what they were told, to be cut.
+    slow: Vec<Session>,
+    /// Whoever waits for an answer to the input at hand.
+    asking: Option<oneshot::Sender<Phase>>,
+    saving: JoinSet<Input>,
+    trace: Trace,
+    shown: Shown,
+}
+
+/// What viewers were shown last.
+struct Shown {
+    at: Instant,
+    what: (Phase, Generation, Option<Step>),
+    stale: bool,
+}
+
+impl<S: Store> Driver<S> {
+    /// A driver, and where its requests go.
+    pub(crate) fn new(parts: Parts<S>) -> (Self, mpsc::Sender<Request>) {
+        let (requests, mailbox) = mpsc::channel(MAILBOX);
+        let trace = Trace::new(&parts.welcome.spec);
+        let shown = Shown { at: parts.origin, what: (Phase::Gathering, Generation(0), None), stale: true };
+        let (links, slow, asking, saving) = (BTreeMap::new(), Vec::new(), None, JoinSet::new());
+        (Self { parts, mailbox, links, slow, asking, saving, trace, shown }, requests)
+    }
+
+    /// Runs until the run is over; says how it ended.
+    pub(crate) async fn run(mut self) -> Result<Farewell, CoordinatorError> {
+        let mut outputs = Vec::new();
+        let farewell = loop {
+            let input = self.next_input().await?;
+            self.parts.core.handle(self.now(), input, &mut outputs);
+            if let Err(error) = self.persist(&outputs).await {
+                break Err(error);
+            }
+            let mut end = None;
+            for output in outputs.drain(..) {
+                end = end.or(self.carry_out(output).await);
+            }
+            self.publish().await;
+            if let Some(farewell) = end {
+                break Ok(farewell);
+            }
+        };
+        if let Err(error) = &farewell {
+            let failed = Event::Failed { reason: error.to_string() };
+            self.parts.journal.happened(failed, self.parts.core.step()).await;
+        }
+        self.see_off().await;
+        self.parts.journal.flush().await;
+        farewell
+    }
+
+    fn now(&self) -> Millis {
+        u64::try_from(self.parts.origin.elapsed().as_millis()).unwrap_or(Millis::MAX)
+    }
+
+    /// Waits for whatever wakes the core next.
+    async fn next_input(&mut self) -> Result<Input, CoordinatorError> {
+        loop {
+            if let Some(session) = self.slow.pop() {
+                // The session's own end comes later and is then that of nobody.
+                if self.links.remove(&session).is_some() {
+                    tracing::warn!(session = session.0, "cut a worker's session: it does not read what it is told");
+                    return Ok(Input::Closed { session });
+                }
+            }
+            let deadline = self.parts.core.next_deadline().map(|ms| self.parts.origin + Duration::from_millis(ms));
+            let show = self.shown.at + VIEW_EVERY;
+            tokio::select! {
+                request = self.mailbox.recv() => {
+                    let request = request.ok_or(CoordinatorError::Abandoned)?;
+                    if let Some(input) = self.accept(request) {
+                        return Ok(input);
+                    }
+                }
+                Some(Ok(completed)) = self.saving.join_next() => return Ok(completed),
+                () = sleep_until(deadline.unwrap_or(show)), if deadline.is_some() => return Ok(Input::Tick),
+                () = sleep_until(show), if self.shown.stale => self.publish().await,
+            }
+        }
+    }
+
+    /// What a request means to the core; nothing where it comes from a session that is over or
+    /// was not taken on.
+    fn accept(&mut self, request: Request) -> Option<Input> {
+        match request {
+            Request::Hello { session, hello, outbox } => {
+                self.links.insert(session, Link { outbox: Some(outbox), worker: None });
+                Some(Input::Hello { session, hello })
+            }
+            Request::Message { session, message } => {
+                let worker = self.links.get(&session)?.worker?;
+                Some(Input::Message { worker, message })
+            }
+            Request::Closed { session } => self.links.remove(&session).map(|_| Input::Closed { session }),
+            Request::Drain { reply } => {
+                self.asking = Some(reply);
+                Some(Input::Drain)
+            }
+        }
+    }
+
+    /// Makes all records of an input durable at once, which is earlier than the contract asks.
+    async fn persist(&mut self, outputs: &[Output]) -> Result<(), CoordinatorError> {
+        let records = outputs.iter().filter_map(|output| match output {
+            Output::Persist(record) => Some(record.clone()),
+            _ => None,
+        });
+        let records: Vec<Record> = records.collect();
+        if records.is_empty() {
+            return Ok(());
+        }
+        Ok(self.parts.store.append(&records).await?)
+    }
+
+    /// Does one thing that the core wants done; says so when that was the last one.
+    async fn carry_out(&mut self, output: Output) -> Option<Farewell> {
+        match output {
+            Output::Persist(_) => {}
+            Output::Welcome { session, worker } => self.welcome(session, worker),
+            Output::Refuse { session, refusal } => {
+                self.tell(session, Down::Refused(refusal));
+                self.hang_up(session);
+            }
+            Output::Send { worker, message } => self.send(worker, message),
+            Output::Complete { generation, step, parts } => {
+                let checkpoints = Arc::clone(&self.parts.checkpoints);
+                self.saving.spawn(async move {
+                    let result = checkpoints.complete(generation, step, parts).await;
+                    Input::Completed { generation, step, result }
+                });
+            }
+            Output::Note(event) => {
+                self.trace.happened(&event);
+                self.parts.journal.happened(event, self.parts.core.step()).await;
+            }
+            Output::Committed { committed, workers } => {
+                self.trace.committed(&committed, workers);
+                self.parts.journal.committed(committed, workers, Instant::now()).await;
+            }
+            Output::End(farewell) => return Some(farewell),
+        }
+        None
+    }
+
+    fn welcome(&mut self, session: Session, worker: WorkerId) {
+        if let Some(link) = self.links.get_mut(&session) {
+            link.worker = Some(worker);
+        }
+        let welcome = Welcome { worker, ..self.parts.welcome.clone() };
+        self.tell(session, welcome.into());
+    }
+
+    fn send(&mut self, worker: WorkerId, message: ToWorker) {
+        let last = matches!(message, ToWorker::Goodbye(_));
+        let found = self.links.iter().find(|(_, link)| link.worker == Some(worker));
+        let Some(session) = found.map(|(session, _)| *session) else { return };
+        self.tell(session, Down::Message(message));
+        if last {
+            self.hang_up(session);
+        }
+    }
+
+    /// Queues a message. A session that ended meanwhile reports that itself.
+    fn tell(&mut self, session: Session, message: Down) {
+        let Some(outbox) = self.links.get(&session).and_then(|link| link.outbox.as_ref()) else { return };
+        if let Err(mpsc::error::TrySendError::Full(_)) = outbox.try_send(Ok(message)) {
+            self.slow.push(session);
+        }
+    }
+
+    /// Ends a session's downward stream after what is queued.
+    fn hang_up(&mut self, session: Session) {
+        if let Some(link) = self.links.get_mut(&session) {
+            link.outbox = None;
+        }
+    }
+
+    /// Shows viewers how things stand: at once where the run took a turn, else now and then.
+    async fn publish(&mut self) {
+        let core = &self.parts.core;
+        let what = (core.phase(), core.generation(), core.checkpoint());
+        if let Some(reply) = self.asking.take() {
+            let _gone = reply.send(what.0);
+        }
+        let now = Instant::now();
+        if what == self.shown.what && now < self.shown.at + VIEW_EVERY {
+            self.shown.stale = true;
+            return;
+        }
+        self.shown = Shown { at: now, what, stale: false };
+        let (phase, generation, checkpoint) = what;
+        let workers = core.workers(self.now());
+        let view = View { phase, generation, step: core.step(), checkpoint, workers };
+        self.parts.journal.view(view).await;
+    }
+
+    /// Ends all sessions, and waits for as long as the failure budget until their ends were
+    /// told: a process that ended at once would cut the goodbyes off.
+    async fn see_off(&mut self) {
+        self.shown.at -= VIEW_EVERY;
+        self.publish().await;
+        let deadline = Instant::now() + Duration::from_millis(self.parts.welcome.detect_ms);
+        self.links.values_mut().for_each(|link| link.outbox = None);
+        while !self.links.is_empty() {
+            let Ok(Some(request)) = timeout_at(deadline, self.mailbox.recv()).await else { return };
+            match request {
+                Request::Hello { outbox, .. } => {
+                    // The queue is new and has room.
+                    let _gone = outbox.try_send(Ok(Down::Refused(Refusal::NotTaking)));
+                }
+                Request::Closed { session } => drop(self.links.remove(&session)),
+                Request::Drain { reply } => {
+                    let _gone = reply.send(self.parts.core.phase());
+                }
+                Request::Message { .. } => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! What can go wrong with a coordinator as a whole.
+
+use crate::store::StoreError;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Why a coordinator could not start, or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum CoordinatorError {
+    /// Somebody else listens there.
+    #[error(
+        "cannot listen on {address}: another process does already. Stop it, or choose another port (port 0 takes \
+         any free one)"
+    )]
+    PortTaken {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}. It must be an address of this machine; 127.0.0.1 always is one")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// The store cannot be opened or written.
+    #[error("the coordinator's store: {0}")]
+    Store(#[from] StoreError),
+    /// The metrics file cannot be opened.
+    #[error("cannot open the metrics file {}: {source}", path.display())]
+    Metrics {
+        /// The file.
+        path: PathBuf,
+        /// What the system answered.
+        source: io::Error,
+    },
+    /// Settings that cannot work.
+    #[error("{0}")]
+    Settings(#[from] BadSetting),
+    /// Nobody is left who could ask it for anything.
+    #[error("the coordinator was shut down before the run was over; the same command goes on from its last checkpoint")]
+    Abandoned,
+}
+
+/// A setting that cannot work, with what would.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadSetting {
+    /// No failure budget.
+    #[error("detect must be at least 100 ms, not {0} ms: a shorter one calls workers dead that are only busy")]
+    Detect(u64),
+    /// Nobody owns anything.
+    #[error("redundancy must be at least 1: every slice needs an owner")]
+    Redundancy,
+    /// No checkpoint is kept.
+    #[error("keep_checkpoints must be at least 1: a run without a checkpoint starts from the beginning")]
+    Keep,
+}

@@ -1,0 +1,187 @@
+//! Puts a coordinator together and starts it.
+
+use crate::checkpoints::Checkpoints;
+use crate::driver::{Driver, Parts};
+use crate::handle::Handle;
+use crate::sessions::Service;
+use crate::store::{FileStore, State, Store};
+use crate::{BadSetting, CoordinatorError, http, journal, listen};
+use caravan_checkpoint::Refused;
+use caravan_coordinator_core::{Config, Core};
+use caravan_types::message::Welcome;
+use caravan_types::status::Event;
+use caravan_types::{RunSpec, Step, WorkerId};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// Shortest failure budget: below it, an ordinary pause of a busy machine looks like a death.
+const MIN_DETECT_MS: u64 = 100;
+
+/// The paths of the gRPC service: package, service, method.
+const GRPC: &str = "/caravan.v1.Coordinator/{*method}";
+
+/// What a coordinator needs to know.
+#[derive(Debug)]
+pub struct Options {
+    /// The run.
+    pub spec: RunSpec,
+    /// Folder of the store.
+    pub store: PathBuf,
+    /// Folder of the checkpoints, as every worker can reach it.
+    pub checkpoints: PathBuf,
+    /// The metrics file.
+    pub metrics: PathBuf,
+    /// Folder of the prepared data, as every worker can reach it.
+    pub data: PathBuf,
+    /// The tokenizer's file, which goes into every checkpoint.
+    pub tokenizer: Option<PathBuf>,
+    /// Where to listen. Anyone who can connect can join the run and read its data's text, so a
+    /// loopback address is the right default.
+    pub listen: SocketAddr,
+    /// Owners per slice.
+    pub redundancy: u32,
+    /// Workers that the first plan waits for.
+    pub workers: u32,
+    /// The failure budget, in milliseconds.
+    pub detect_ms: u64,
+    /// Steps between checkpoints; 0 for none but the last.
+    pub checkpoint_every: u64,
+    /// How many checkpoints are kept.
+    pub keep_checkpoints: usize,
+    /// The newest intact checkpoint, where the run goes on from.
+    pub checkpoint: Option<Step>,
+    /// Damaged checkpoints that were passed over, to be told of.
+    pub refused: Vec<Refused>,
+}
+
+/// A started coordinator. Dropping it stops it at once; [`Self::shutdown`] waits until it has.
+#[derive(Debug)]
+pub struct Running {
+    /// Where it listens: the port is a real one also where 0 was asked for.
+    pub address: SocketAddr,
+    /// How to talk to it.
+    pub handle: Handle,
+    stop: oneshot::Sender<()>,
+    server: JoinHandle<()>,
+}
+
+impl Running {
+    /// Closes the port and all connections. The run should have [ended](Handle::ended) before:
+    /// where it has not, it is cut off as by a crash.
+    pub async fn shutdown(self) {
+        let _stopped_already = self.stop.send(());
+        if let Err(error) = self.server.await {
+            tracing::warn!(%error, "the server did not end as it should");
+        }
+    }
+}
+
+/// Starts a coordinator.
+///
+/// # Errors
+/// Where a setting cannot work, the port is taken, or the store or the metrics file cannot be
+/// used. Nothing runs then.
+pub async fn serve(options: Options) -> Result<Running, CoordinatorError> {
+    check(&options)?;
+    let listener = listen::bind(options.listen).await?;
+    let folder = options.store.clone();
+    let opened = tokio::task::spawn_blocking(move || FileStore::open(&folder)).await;
+    let (store, state) = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+    if let Some(lost) = state.checkpoint.filter(|&step| Some(step) > options.checkpoint) {
+        tracing::warn!(step = lost.0, "the checkpoint that was completed last is not usable any more");
+    }
+    start(options, listener, store, &state).await
+}
+
+fn check(options: &Options) -> Result<(), BadSetting> {
+    if options.detect_ms < MIN_DETECT_MS {
+        return Err(BadSetting::Detect(options.detect_ms));
+    }
+    if options.redundancy == 0 {
+        return Err(BadSetting::Redundancy);
+    }
+    if options.keep_checkpoints == 0 {
+        return Err(BadSetting::Keep);
+    }
+    Ok(())
+}
+
+/// Starts journal, driver and server on a store that is open.
+pub(crate) async fn start<S: Store>(
+    options: Options,
+    listener: TcpListener,
+    store: S,
+    state: &State,
+) -> Result<Running, CoordinatorError> {
+    let address = listener.local_addr();
+    let address = address.map_err(|source| CoordinatorError::Listen { address: options.listen, source })?;
+    let detect = Duration::from_millis(options.detect_ms);
+    let base = options.checkpoint.unwrap_or(Step(0));
+    let journal = journal::start(&options.metrics, &options.spec, base)
+        .map_err(|source| CoordinatorError::Metrics { path: options.metrics.clone(), source })?;
+    for Refused { name, reason } in &options.refused {
+        tracing::warn!(name, %reason, "a damaged checkpoint was passed over");
+        let event = Event::CheckpointRefused { name: name.clone(), reason: reason.to_string() };
+        journal.happened(event, base).await;
+    }
+    let parts = Parts {
+        core: Core::new(config(&options), state.restored(options.checkpoint), 0),
+        store,
+        journal: journal.clone(),
+        welcome: welcome(&options),
+        checkpoints: Arc::new(Checkpoints {
+            root: options.checkpoints,
+            spec: options.spec,
+            tokenizer: options.tokenizer,
+            keep: options.keep_checkpoints,
+        }),
+        origin: Instant::now(),
+    };
+    let (driver, requests) = Driver::new(parts);
+    let (end, outcome) = watch::channel(None);
+    tokio::spawn(async move {
+        let outcome = driver.run().await.map_err(Arc::new);
+        if let Err(error) = &outcome {
+            tracing::error!(%error, "the coordinator stopped");
+        }
+        end.send_replace(Some(outcome));
+    });
+    let handle = Handle { requests, journal, outcome };
+    let service = caravan_wire::serve(Service::new(handle.clone(), detect));
+    let app = http::routes(handle.clone()).route_service(GRPC, service);
+    let (stop, stopped) = oneshot::channel();
+    let server = tokio::spawn(listen::serve(listener, app, detect, stopped));
+    tracing::info!(%address, run = handle.snapshot().run, "listening for workers and browsers");
+    Ok(Running { address, handle, stop, server })
+}
+
+fn config(options: &Options) -> Config {
+    let spec = &options.spec;
+    Config {
+        shape: spec.model.clone(),
+        lanes: spec.batch.lanes,
+        steps: spec.recipe.steps,
+        family: spec.numerics.family.clone(),
+        redundancy: options.redundancy,
+        workers: options.workers,
+        detect_ms: options.detect_ms,
+    }
+}
+
+fn welcome(options: &Options) -> Welcome {
+    Welcome {
+        worker: WorkerId(0),
+        spec: options.spec.clone(),
+        redundancy: options.redundancy,
+        detect_ms: options.detect_ms,
+        checkpoint_every: options.checkpoint_every,
+        data: options.data.display().to_string(),
+        checkpoints: options.checkpoints.display().to_string(),
+    }
+}
