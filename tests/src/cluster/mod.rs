@@ -17,7 +17,7 @@ use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::PeerMessage;
 use caravan_types::status::Event;
 use caravan_types::task::Done;
-use caravan_types::{Generation, ModelShape, SliceId, SliceTable, Step, WorkerId};
+use caravan_types::{Generation, ModelShape, Plan, SliceId, SliceTable, Step, WorkerId};
 use caravan_worker_core as worker;
 use network::{Frame, Network};
 use std::collections::{BTreeMap, VecDeque};
@@ -121,6 +121,9 @@ struct Cluster<'a> {
     checkpoints: BTreeMap<Step, BTreeMap<SliceId, u64>>,
     truth: Option<&'a Truth>,
     seen: Truth,
+    /// The newest plan, and the newest one that committed a step: all its members were healed.
+    planned: Option<Plan>,
+    proven: Option<Plan>,
     outcome: Outcome,
 }
 
@@ -199,6 +202,8 @@ impl<'a> Cluster<'a> {
             checkpoints: BTreeMap::new(),
             truth,
             seen: Truth::new(),
+            planned: None,
+            proven: None,
             outcome: Outcome::default(),
             shape,
             options,
@@ -392,6 +397,7 @@ impl<'a> Cluster<'a> {
         self.coordinator.handle(self.now, input, &mut outputs);
         for output in outputs {
             match output {
+                coordinator::Output::Persist(coordinator::Record::Plan(plan)) => self.planned = Some(plan),
                 coordinator::Output::Persist(_) => {}
                 coordinator::Output::Welcome { session, worker } => self.welcome(session, worker),
                 coordinator::Output::Refuse { session, .. } => {
@@ -407,8 +413,11 @@ impl<'a> Cluster<'a> {
                     self.checkpoints.insert(step, parts);
                     self.coordinate(coordinator::Input::Completed { generation, step, result: Ok(()) })?;
                 }
-                coordinator::Output::Note(event) => self.outcome.events.push(event),
-                coordinator::Output::Committed { .. } => self.check_steps()?,
+                coordinator::Output::Note(event) => self.note(event)?,
+                coordinator::Output::Committed { .. } => {
+                    self.proven.clone_from(&self.planned);
+                    self.check_steps()?;
+                }
                 coordinator::Output::End(farewell) => {
                     self.outcome.farewell = Some(farewell);
                     if let Some((step, weights)) = self.checkpoints.last_key_value() {
@@ -431,6 +440,20 @@ impl<'a> Cluster<'a> {
         } else {
             Err(format!("N-1: checkpoint of step {step} has other bits"))
         }
+    }
+
+    /// C-2: the run goes back only where some slice has no living owner left.
+    fn note(&mut self, event: Event) -> Result<(), String> {
+        if let (Event::RolledBack { from, to }, Some(plan)) = (&event, &self.proven) {
+            let survives = |owners: &Vec<WorkerId>| owners.iter().any(|w| self.nodes.contains_key(w));
+            if plan.owners.iter().all(survives) {
+                return Err(format!(
+                    "C-2: went back from step {from} to {to}, though every slice had a living owner"
+                ));
+            }
+        }
+        self.outcome.events.push(event);
+        Ok(())
     }
 
     /// C-1: members of one generation are never more than one step apart.
