@@ -10,7 +10,7 @@ import * as view from "./view.js";
 const DRAW_MS = 250;
 // The coordinator's clock is read from a header in whole seconds; less than this is no difference.
 const CLOCK_SLACK_MS = 2_000;
-// What a coordinator says before it ends on purpose.
+// Phases after which a coordinator says nothing more, and ends.
 const OVER = new Set(["finished", "drained", "failed"]);
 
 class Page {
@@ -91,6 +91,10 @@ class Page {
     return this.#steps.last;
   }
 
+  over() {
+    return OVER.has(this.#snapshot?.phase);
+  }
+
   #now() {
     return Date.now() + this.#clockAhead;
   }
@@ -107,8 +111,8 @@ class Page {
       return;
     }
     const seen = `last seen ${format.time(this.#seenAt)}, ${format.ago(Date.now() - this.#seenAt)}`;
-    if (OVER.has(this.#snapshot?.phase)) view.connection("over", `the coordinator has ended; ${seen}`);
-    else view.connection("lost", `connection lost, ${seen}; trying again`);
+    if (this.over()) view.connection("over", `the coordinator has ended; ${seen}`);
+    else view.connection("lost", `connection lost, ${seen}`);
   }
 
   #changed() {

@@ -7,8 +7,8 @@
 
 const FIRST_RETRY_MS = 500;
 const LONGEST_RETRY_MS = 5_000;
-// Snapshots come about every second, whether anything changed or not. After several missing ones the
-// connection counts as lost even if nobody closed it: a stopped process closes nothing.
+// Snapshots come every second or so, whether anything changed or not. After several missing ones
+// the connection counts as lost even if nobody closed it: a stopped process closes nothing.
 const SILENCE_MS = 5_000;
 // Messages held back while the past is loading; far more than can come in that time. Beyond it
 // something is wrong, and connecting again is the cure.
@@ -23,7 +23,7 @@ export class Feed {
   #heard = 0;
 
   // `page` takes what comes: snapshot, step, event, reset, online, offline; and says what it
-  // has: lastEvent, lastStep.
+  // has: lastEvent, lastStep, and whether the run is over, after which silence is no news.
   constructor(page) {
     this.#page = page;
     setInterval(() => this.#watch(), 1_000);
@@ -99,7 +99,8 @@ export class Feed {
   }
 
   #watch() {
-    if (this.#source && performance.now() - this.#heard > SILENCE_MS) this.#lost(this.#source);
+    const silent = performance.now() - this.#heard > SILENCE_MS;
+    if (this.#source && silent && !this.#page.over()) this.#lost(this.#source);
   }
 
   #lost(source) {
