@@ -14,7 +14,7 @@ use std::ops::Range;
 pub const BLOCK: u64 = 16384;
 
 /// No slice is larger than this many blocks (64 · 64 KiB = 4 MiB of fp32 a message).
-const MOST_BLOCKS: u64 = 64;
+pub const MOST_BLOCKS: u64 = 64;
 
 /// Aim for this many slices where blocks allow: enough to balance a few dozen owners within
 /// some percent, few enough that per-slice bookkeeping is nothing.

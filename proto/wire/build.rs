@@ -1,0 +1,17 @@
+//! Compiles the .proto files with protox, so that nobody needs protoc.
+
+use std::error::Error;
+
+const FILES: [&str; 4] = [
+    "proto/caravan/v1/coordinator.proto",
+    "proto/caravan/v1/plan.proto",
+    "proto/caravan/v1/session.proto",
+    "proto/caravan/v1/status.proto",
+];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = protox::compile(FILES, ["proto"])?;
+    tonic_prost_build::configure().compile_fds(files)?;
+    Ok(())
+}

@@ -1,0 +1,329 @@
+//! session.proto: what a worker and the coordinator say to each other.
+
+use super::plan::slice_set;
+use super::variants;
+use crate::error::{Malformed, Why};
+use crate::limits::{self, MAX_RUN_SPEC, MAX_SLICES, count, cut, required, text, texts};
+use crate::session::{Down, Up};
+use crate::{pb, pb::from_worker, pb::to_worker};
+use caravan_types::message::{
+    Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, ToWorker, Welcome,
+};
+use caravan_types::run_spec::RUN_SPEC_VERSION;
+use caravan_types::task::SavedPart;
+use caravan_types::{Digest, RunSpec, SliceId};
+
+variants!(
+    Activity,
+    pb::Activity,
+    activity,
+    [Waiting, Healing, Computing, Reducing, Preparing, Publishing, Finished]
+);
+variants!(Farewell, pb::Farewell, farewell, [Finished, Drained, Left, Fenced, Failed]);
+
+impl TryFrom<pb::FromWorker> for Up {
+    type Error = Malformed;
+
+    fn try_from(up: pb::FromWorker) -> Result<Self, Malformed> {
+        use from_worker::Message;
+        Ok(Self::Message(match required(up.message, "FromWorker.message")? {
+            Message::Hello(hello) => return Ok(Self::Hello(hello.try_into()?)),
+            Message::Heartbeat(beat) => FromWorker::Heartbeat {
+                applied: limits::step(beat.applied, "Heartbeat.applied")?,
+                activity: activity(beat.activity, "Heartbeat.activity")?,
+            },
+            Message::Report(report) => FromWorker::Report(report.try_into()?),
+            Message::Committed(committed) => FromWorker::Committed(committed.try_into()?),
+            Message::PeerLost(lost) => FromWorker::PeerLost {
+                generation: limits::generation(lost.generation, "PeerLost.generation")?,
+                peer: limits::worker(lost.peer, "PeerLost.peer")?,
+            },
+            Message::Diverged(diverged) => FromWorker::Diverged {
+                generation: limits::generation(diverged.generation, "SliceDiverged.generation")?,
+                step: limits::step(diverged.step, "SliceDiverged.step")?,
+                slice: limits::slice(diverged.slice, "SliceDiverged.slice")?,
+            },
+            Message::Saved(saved) => saved.try_into()?,
+            Message::Leaving(pb::Leaving {}) => FromWorker::Leaving,
+        }))
+    }
+}
+
+impl From<FromWorker> for from_worker::Message {
+    fn from(message: FromWorker) -> Self {
+        match message {
+            FromWorker::Heartbeat { applied, activity } => Self::Heartbeat(pb::Heartbeat {
+                applied: applied.0,
+                activity: pb::Activity::from(activity).into(),
+            }),
+            FromWorker::Report(report) => Self::Report(report.into()),
+            FromWorker::Committed(committed) => Self::Committed(committed.into()),
+            FromWorker::PeerLost { generation, peer } => {
+                Self::PeerLost(pb::PeerLost { generation: generation.0, peer: peer.0 })
+            }
+            FromWorker::Diverged { generation, step, slice } => {
+                Self::Diverged(pb::SliceDiverged { generation: generation.0, step: step.0, slice: slice.0 })
+            }
+            FromWorker::Saved { generation, step, part } => Self::Saved(pb::Saved {
+                generation: generation.0,
+                step: step.0,
+                outcome: Some(match part {
+                    Ok(part) => pb::saved::Outcome::Part(part.into()),
+                    Err(reason) => pb::saved::Outcome::Failure(cut(reason)),
+                }),
+            }),
+            FromWorker::Leaving => Self::Leaving(pb::Leaving {}),
+        }
+    }
+}
+
+impl TryFrom<pb::ToWorker> for Down {
+    type Error = Malformed;
+
+    fn try_from(down: pb::ToWorker) -> Result<Self, Malformed> {
+        use to_worker::Message;
+        Ok(Self::Message(match required(down.message, "ToWorker.message")? {
+            Message::Welcome(welcome) => return Ok(Self::Welcome(Box::new(welcome.try_into()?))),
+            Message::Refused(refusal) => return Ok(Self::Refused(refusal.try_into()?)),
+            Message::Stop(stop) => ToWorker::Stop {
+                generation: limits::generation(stop.generation, "Stop.generation")?,
+                boundary: stop.boundary,
+            },
+            Message::Plan(plan) => ToWorker::Plan(plan.try_into()?),
+            Message::Save(save) => ToWorker::Save {
+                generation: limits::generation(save.generation, "Save.generation")?,
+                step: limits::step(save.step, "Save.step")?,
+                slices: slice_set(save.slices, "Save.slices")?,
+            },
+            Message::Goodbye(goodbye) => ToWorker::Goodbye(farewell(goodbye.reason, "Goodbye.reason")?),
+        }))
+    }
+}
+
+impl From<ToWorker> for to_worker::Message {
+    fn from(message: ToWorker) -> Self {
+        match message {
+            ToWorker::Stop { generation, boundary } => {
+                Self::Stop(pb::Stop { generation: generation.0, boundary })
+            }
+            ToWorker::Plan(plan) => Self::Plan(plan.into()),
+            ToWorker::Save { generation, step, slices } => Self::Save(pb::Save {
+                generation: generation.0,
+                step: step.0,
+                slices: Some((&slices).into()),
+            }),
+            ToWorker::Goodbye(reason) => {
+                Self::Goodbye(pb::Goodbye { reason: pb::Farewell::from(reason).into() })
+            }
+        }
+    }
+}
+
+impl From<Hello> for pb::Hello {
+    fn from(hello: Hello) -> Self {
+        let Hello { protocol, build, name, host, fabric, families, threads } = hello;
+        Self { protocol, build, name, host, fabric, families, threads }
+    }
+}
+
+impl TryFrom<pb::Hello> for Hello {
+    type Error = Malformed;
+
+    fn try_from(hello: pb::Hello) -> Result<Self, Malformed> {
+        Ok(Self {
+            protocol: hello.protocol,
+            build: text(hello.build, "Hello.build")?,
+            name: text(hello.name, "Hello.name")?,
+            host: text(hello.host, "Hello.host")?,
+            fabric: text(hello.fabric, "Hello.fabric")?,
+            families: texts(hello.families, "Hello.families")?,
+            threads: hello.threads,
+        })
+    }
+}
+
+impl From<Welcome> for pb::Welcome {
+    fn from(welcome: Welcome) -> Self {
+        Self {
+            worker: welcome.worker.0,
+            spec: Some((&welcome.spec).into()),
+            redundancy: welcome.redundancy,
+            detect_ms: welcome.detect_ms,
+            checkpoint_every: welcome.checkpoint_every,
+            data: welcome.data,
+            checkpoints: welcome.checkpoints,
+        }
+    }
+}
+
+impl TryFrom<pb::Welcome> for Welcome {
+    type Error = Malformed;
+
+    fn try_from(welcome: pb::Welcome) -> Result<Self, Malformed> {
+        Ok(Self {
+            worker: limits::worker(welcome.worker, "Welcome.worker")?,
+            spec: required(welcome.spec, "Welcome.spec")?.try_into()?,
+            redundancy: welcome.redundancy,
+            detect_ms: welcome.detect_ms,
+            checkpoint_every: welcome.checkpoint_every,
+            data: text(welcome.data, "Welcome.data")?,
+            checkpoints: text(welcome.checkpoints, "Welcome.checkpoints")?,
+        })
+    }
+}
+
+impl From<&RunSpec> for pb::RunSpec {
+    #[expect(clippy::expect_used, reason = "only maps and hand-written serialisers fail; a spec has neither")]
+    fn from(spec: &RunSpec) -> Self {
+        let json = serde_json::to_vec(spec).expect("a run spec is plain data");
+        Self { version: spec.version, json }
+    }
+}
+
+impl TryFrom<pb::RunSpec> for RunSpec {
+    type Error = Malformed;
+
+    fn try_from(spec: pb::RunSpec) -> Result<Self, Malformed> {
+        let version = |is: u32, field| match is {
+            RUN_SPEC_VERSION => Ok(()),
+            is => Err(Why::Version { is, must: RUN_SPEC_VERSION }.at(field)),
+        };
+        version(spec.version, "RunSpec.version")?;
+        count(&spec.json, MAX_RUN_SPEC, "RunSpec.json")?;
+        let spec: Self = serde_json::from_slice(&spec.json)
+            .map_err(|error| Why::Unreadable(error.to_string()).at("RunSpec.json"))?;
+        version(spec.version, "RunSpec.json")?;
+        Ok(spec)
+    }
+}
+
+impl From<Refusal> for pb::Refusal {
+    fn from(refusal: Refusal) -> Self {
+        use pb::refusal::Reason;
+        Self {
+            reason: Some(match refusal {
+                Refusal::Protocol { ours, theirs } => Reason::Protocol(pb::ProtocolRefusal { ours, theirs }),
+                Refusal::Numerics { needed, offered } => {
+                    Reason::Numerics(pb::NumericsRefusal { needed, offered })
+                }
+                Refusal::NotTaking => Reason::NotTaking(pb::NotTaking {}),
+            }),
+        }
+    }
+}
+
+impl TryFrom<pb::Refusal> for Refusal {
+    type Error = Malformed;
+
+    fn try_from(refusal: pb::Refusal) -> Result<Self, Malformed> {
+        use pb::refusal::Reason;
+        Ok(match required(refusal.reason, "Refusal.reason")? {
+            Reason::Protocol(pb::ProtocolRefusal { ours, theirs }) => Self::Protocol { ours, theirs },
+            Reason::Numerics(refusal) => Self::Numerics {
+                needed: text(refusal.needed, "NumericsRefusal.needed")?,
+                offered: texts(refusal.offered, "NumericsRefusal.offered")?,
+            },
+            Reason::NotTaking(pb::NotTaking {}) => Self::NotTaking,
+        })
+    }
+}
+
+impl From<Report> for pb::Report {
+    fn from(report: Report) -> Self {
+        Self {
+            generation: report.generation.0,
+            applied: report.applied.0,
+            norm: report.norm,
+            state: Some((&report.state).into()),
+            weights: Some((&report.weights).into()),
+            prepared: report.prepared.as_ref().map(Into::into),
+        }
+    }
+}
+
+impl TryFrom<pb::Report> for Report {
+    type Error = Malformed;
+
+    fn try_from(report: pb::Report) -> Result<Self, Malformed> {
+        let prepared = |set: pb::SliceSet| limits::slice_set(&set.bounds, MAX_SLICES, "Report.prepared");
+        Ok(Self {
+            generation: limits::generation(report.generation, "Report.generation")?,
+            applied: limits::step(report.applied, "Report.applied")?,
+            norm: report.norm,
+            state: slice_set(report.state, "Report.state")?,
+            weights: slice_set(report.weights, "Report.weights")?,
+            prepared: report.prepared.map(prepared).transpose()?,
+        })
+    }
+}
+
+impl From<Committed> for pb::Committed {
+    fn from(committed: Committed) -> Self {
+        let Committed { generation, step, loss, norm, took_ms } = committed;
+        Self { generation: generation.0, step: step.0, loss, norm, took_ms }
+    }
+}
+
+impl TryFrom<pb::Committed> for Committed {
+    type Error = Malformed;
+
+    fn try_from(committed: pb::Committed) -> Result<Self, Malformed> {
+        let pb::Committed { generation, step, loss, norm, took_ms } = committed;
+        Ok(Self {
+            generation: limits::generation(generation, "Committed.generation")?,
+            step: limits::step(step, "Committed.step")?,
+            loss,
+            norm,
+            took_ms,
+        })
+    }
+}
+
+impl TryFrom<pb::Saved> for FromWorker {
+    type Error = Malformed;
+
+    fn try_from(saved: pb::Saved) -> Result<Self, Malformed> {
+        use pb::saved::Outcome;
+        Ok(Self::Saved {
+            generation: limits::generation(saved.generation, "Saved.generation")?,
+            step: limits::step(saved.step, "Saved.step")?,
+            part: match required(saved.outcome, "Saved.outcome")? {
+                Outcome::Part(part) => Ok(part.try_into()?),
+                Outcome::Failure(reason) => Err(text(reason, "Saved.failure")?),
+            },
+        })
+    }
+}
+
+impl From<SavedPart> for pb::SavedPart {
+    fn from(part: SavedPart) -> Self {
+        let slice =
+            |(slice, digest): (SliceId, Digest)| pb::SavedSlice { slice: slice.0, digest: digest.0.to_vec() };
+        Self {
+            file: part.file,
+            bytes: part.bytes,
+            digest: part.digest.0.to_vec(),
+            slices: part.slices.into_iter().map(slice).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::SavedPart> for SavedPart {
+    type Error = Malformed;
+
+    fn try_from(part: pb::SavedPart) -> Result<Self, Malformed> {
+        count(&part.slices, MAX_SLICES as usize, "SavedPart.slices")?;
+        let slice = |saved: pb::SavedSlice| {
+            Ok((
+                limits::slice(saved.slice, "SavedSlice.slice")?,
+                limits::digest(&saved.digest, "SavedSlice.digest")?,
+            ))
+        };
+        Ok(Self {
+            file: text(part.file, "SavedPart.file")?,
+            bytes: part.bytes,
+            digest: limits::digest(&part.digest, "SavedPart.digest")?,
+            slices: part.slices.into_iter().map(slice).collect::<Result<_, _>>()?,
+        })
+    }
+}

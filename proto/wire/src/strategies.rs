@@ -1,0 +1,317 @@
+//! Arbitrary values of the types, within what the wire takes. Only for tests.
+
+use crate::limits::{MAX_COUNT, MAX_LANES, MAX_SLICES, MAX_UNITS};
+use caravan_types::message::{
+    Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, ToWorker, Welcome,
+};
+use caravan_types::peer::{Key, PeerMessage, Prepared};
+use caravan_types::run_spec::RUN_SPEC_VERSION;
+use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics, WorkerStatus};
+use caravan_types::task::SavedPart;
+use caravan_types::*;
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use std::ops::Range;
+
+/// A step, generation or worker number; small ones and those at the border more often.
+pub(crate) fn counter() -> BoxedStrategy<u64> {
+    prop_oneof![0..5u64, 0..MAX_COUNT, Just(MAX_COUNT - 1)].boxed()
+}
+
+/// A number that equals itself.
+fn real() -> BoxedStrategy<f64> {
+    any::<f64>().prop_filter("NaN is not equal to itself", |x| !x.is_nan()).boxed()
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    counter().prop_map(Step)
+}
+
+fn generation() -> impl Strategy<Value = Generation> {
+    counter().prop_map(Generation)
+}
+
+fn worker() -> impl Strategy<Value = WorkerId> {
+    counter().prop_map(WorkerId)
+}
+
+fn slice() -> impl Strategy<Value = SliceId> {
+    prop_oneof![0..9u32, Just(MAX_SLICES - 1)].prop_map(SliceId)
+}
+
+fn digest() -> impl Strategy<Value = Digest> {
+    any::<[u8; 32]>().prop_map(Digest)
+}
+
+fn text() -> BoxedStrategy<String> {
+    ".{0,20}".boxed()
+}
+
+fn set(limit: u32) -> impl Strategy<Value = SliceSet> {
+    vec(0..limit, 0..20).prop_map(|ids| ids.into_iter().map(SliceId).collect())
+}
+
+fn range(limit: u32) -> impl Strategy<Value = Range<u32>> {
+    (0..=limit, 0..=limit).prop_map(|(a, b)| a.min(b)..a.max(b))
+}
+
+fn part() -> impl Strategy<Value = Part> {
+    prop_oneof![Just(Part::Weights), Just(Part::State)]
+}
+
+fn activity() -> impl Strategy<Value = Activity> {
+    use Activity::*;
+    prop::sample::select(vec![Waiting, Healing, Computing, Reducing, Preparing, Publishing, Finished])
+}
+
+pub(crate) fn run_spec() -> impl Strategy<Value = RunSpec> {
+    let finite = any::<f64>().prop_filter("JSON has finite numbers only", |x| x.is_finite());
+    (text(), digest(), any::<(u64, u64, u32)>(), [finite.clone(), finite], text(), 1e-9f32..1e9).prop_map(
+        |(name, digest, (seed, tokens, lanes), [learning_rate, beta1], family, rope_theta)| RunSpec {
+            version: RUN_SPEC_VERSION,
+            name,
+            model: ModelShape { rope_theta, ..ModelShape::preset("15m").unwrap() },
+            data: DataSpec { digest, tokens },
+            batch: BatchShape { lanes, micro_batches: 2, sequences: 3, sequence_length: 4 },
+            recipe: Recipe { learning_rate, beta1, ..Recipe::default() },
+            seed,
+            numerics: NumericsClass { precision: Precision::Fp32, family },
+        },
+    )
+}
+
+pub(crate) fn hello() -> impl Strategy<Value = Hello> {
+    (any::<(u32, u32)>(), [text(), text(), text(), text()], vec(text(), 0..4)).prop_map(
+        |((protocol, threads), [build, name, host, fabric], families)| Hello {
+            protocol,
+            build,
+            name,
+            host,
+            fabric,
+            families,
+            threads,
+        },
+    )
+}
+
+pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
+    (worker(), run_spec(), any::<(u32, u64, u64)>(), text(), text()).prop_map(
+        |(worker, spec, (redundancy, detect_ms, checkpoint_every), data, checkpoints)| Welcome {
+            worker,
+            spec,
+            redundancy,
+            detect_ms,
+            checkpoint_every,
+            data,
+            checkpoints,
+        },
+    )
+}
+
+pub(crate) fn refusal() -> impl Strategy<Value = Refusal> {
+    prop_oneof![
+        any::<(u32, u32)>().prop_map(|(ours, theirs)| Refusal::Protocol { ours, theirs }),
+        (text(), vec(text(), 0..3)).prop_map(|(needed, offered)| Refusal::Numerics { needed, offered }),
+        Just(Refusal::NotTaking),
+    ]
+}
+
+fn report() -> impl Strategy<Value = Report> {
+    let sets = (set(MAX_SLICES), set(300), option::of(set(300)));
+    (generation(), step(), option::of(real()), sets).prop_map(
+        |(generation, applied, norm, (state, weights, prepared))| Report {
+            generation,
+            applied,
+            norm,
+            state,
+            weights,
+            prepared,
+        },
+    )
+}
+
+fn saved_part() -> impl Strategy<Value = SavedPart> {
+    (text(), any::<u64>(), digest(), vec((slice(), digest()), 0..4))
+        .prop_map(|(file, bytes, digest, slices)| SavedPart { file, bytes, digest, slices })
+}
+
+pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
+    prop_oneof![
+        (step(), activity()).prop_map(|(applied, activity)| FromWorker::Heartbeat { applied, activity }),
+        report().prop_map(FromWorker::Report),
+        (generation(), step(), real(), real(), any::<u64>()).prop_map(
+            |(generation, step, loss, norm, took_ms)| {
+                FromWorker::Committed(Committed { generation, step, loss, norm, took_ms })
+            }
+        ),
+        (generation(), worker()).prop_map(|(generation, peer)| FromWorker::PeerLost { generation, peer }),
+        (generation(), step(), slice()).prop_map(|(generation, step, slice)| FromWorker::Diverged {
+            generation,
+            step,
+            slice
+        }),
+        (generation(), step(), saved_part().prop_map(Ok).boxed().prop_union(text().prop_map(Err).boxed()))
+            .prop_map(|(generation, step, part)| FromWorker::Saved { generation, step, part }),
+        Just(FromWorker::Leaving),
+    ]
+}
+
+fn pipeline() -> impl Strategy<Value = Pipeline> {
+    let stage = (worker(), range(MAX_UNITS)).prop_map(|(worker, units)| Stage { worker, units });
+    (vec(stage, 0..3), range(MAX_LANES)).prop_map(|(stages, lanes)| Pipeline { stages, lanes })
+}
+
+fn transfer(slices: u32) -> impl Strategy<Value = Transfer> {
+    let source = prop_oneof![worker().prop_map(Source::Peer), Just(Source::Checkpoint), Just(Source::Init)];
+    (worker(), source, part(), set(slices)).prop_map(|(to, from, part, slices)| Transfer {
+        to,
+        from,
+        part,
+        slices,
+    })
+}
+
+pub(crate) fn plan() -> impl Strategy<Value = Plan> {
+    let members = prop::collection::btree_map(worker(), text(), 0..5)
+        .prop_map(|members| members.into_iter().map(|(worker, fabric)| Member { worker, fabric }).collect());
+    let owners = vec(vec(worker(), 0..4), 1..40);
+    let idle = vec(
+        (worker(), prop::sample::select(vec![IdleReason::MoreWorkersThanLanes, IdleReason::Leaving])),
+        0..3,
+    );
+    (generation(), step(), option::of(real()), members, vec(pipeline(), 0..3), owners, idle).prop_flat_map(
+        |(generation, base, norm, members, pipelines, owners, idle)| {
+            let plan = Plan { generation, base, norm, members, pipelines, owners, transfers: vec![], idle };
+            vec(transfer(plan.owners.len() as u32), 0..4)
+                .prop_map(move |transfers| Plan { transfers, ..plan.clone() })
+        },
+    )
+}
+
+pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
+    use Farewell::*;
+    prop_oneof![
+        (generation(), any::<bool>())
+            .prop_map(|(generation, boundary)| ToWorker::Stop { generation, boundary }),
+        plan().prop_map(ToWorker::Plan),
+        (generation(), step(), set(MAX_SLICES)).prop_map(|(generation, step, slices)| ToWorker::Save {
+            generation,
+            step,
+            slices
+        }),
+        prop::sample::select(vec![Finished, Drained, Left, Fenced, Failed]).prop_map(ToWorker::Goodbye),
+    ]
+}
+
+fn metrics() -> impl Strategy<Value = StepMetrics> {
+    (step(), generation(), [real(), real(), real(), real()], any::<(u64, u32, u64)>()).prop_map(
+        |(step, generation, [loss, norm, learning_rate, tokens_per_second], (tokens, workers, unix_ms))| {
+            StepMetrics {
+                step,
+                generation,
+                loss,
+                norm,
+                learning_rate,
+                tokens,
+                tokens_per_second,
+                workers,
+                unix_ms,
+            }
+        },
+    )
+}
+
+fn worker_status() -> impl Strategy<Value = WorkerStatus> {
+    (worker(), text(), range(MAX_LANES), 0..=MAX_SLICES, activity(), step(), any::<(bool, u64)>()).prop_map(
+        |(worker, name, lanes, owned_slices, activity, applied, (member, silent_ms))| WorkerStatus {
+            worker,
+            name,
+            member,
+            lanes: (lanes.start, lanes.end),
+            owned_slices,
+            activity,
+            applied,
+            silent_ms,
+        },
+    )
+}
+
+pub(crate) fn phase() -> impl Strategy<Value = Phase> {
+    use Phase::*;
+    prop::sample::select(vec![Gathering, Regrouping, Running, Draining, Drained, Finished, Failed])
+}
+
+pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
+    let newest = (option::of(metrics()), option::of(real()), option::of(step()));
+    (text(), phase(), generation(), step(), counter(), newest, vec(worker_status(), 0..4)).prop_map(
+        |(run, phase, generation, step, steps, (last, eta_seconds, checkpoint), workers)| Snapshot {
+            run,
+            phase,
+            generation,
+            step,
+            steps,
+            last,
+            eta_seconds,
+            checkpoint,
+            workers,
+        },
+    )
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    use LossReason::*;
+    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved]);
+    prop_oneof![
+        (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
+        (text(), refusal()).prop_map(|(name, reason)| Event::Refused { name, reason }),
+        (worker(), reason).prop_map(|(worker, reason)| Event::Lost { worker, reason }),
+        (generation(), any::<bool>())
+            .prop_map(|(generation, boundary)| Event::Stopping { generation, boundary }),
+        (generation(), step(), vec(worker(), 0..4), any::<u64>()).prop_map(
+            |(generation, base, members, moved)| Event::Planned { generation, base, members, moved }
+        ),
+        (step(), step()).prop_map(|(from, to)| Event::RolledBack { from, to }),
+        step().prop_map(|step| Event::CheckpointWritten { step }),
+        (step(), text()).prop_map(|(step, reason)| Event::CheckpointFailed { step, reason }),
+        (text(), text()).prop_map(|(name, reason)| Event::CheckpointRefused { name, reason }),
+        (step(), worker()).prop_map(|(step, worker)| Event::Diverged { step, worker }),
+        Just(Event::Draining),
+        step().prop_map(|step| Event::Drained { step }),
+        step().prop_map(|step| Event::Finished { step }),
+        text().prop_map(|reason| Event::Failed { reason }),
+    ]
+}
+
+pub(crate) fn logged_event() -> impl Strategy<Value = LoggedEvent> {
+    (any::<(u64, u64)>(), step(), text(), event())
+        .prop_map(|((number, unix_ms), step, text, event)| LoggedEvent { number, unix_ms, step, text, event })
+}
+
+fn node() -> impl Strategy<Value = Node> {
+    (0..=20u8).prop_flat_map(|level| (0..MAX_LANES >> level).prop_map(move |index| Node { level, index }))
+}
+
+fn prepared() -> impl Strategy<Value = Prepared> {
+    let norms = vec((slice(), vec(real(), 0..6)), 0..5);
+    let losses = vec((0..MAX_LANES, real()), 0..5);
+    (step(), norms, losses, option::of(generation())).prop_map(|(step, norms, losses, stop_for)| Prepared {
+        step,
+        norms,
+        losses,
+        stop_for,
+    })
+}
+
+pub(crate) fn peer_message() -> impl Strategy<Value = PeerMessage> {
+    prop_oneof![
+        (step(), slice(), node()).prop_map(|(step, slice, node)| PeerMessage::Data(Key::Partial {
+            step,
+            slice,
+            node
+        })),
+        (step(), slice()).prop_map(|(step, slice)| PeerMessage::Data(Key::Weights { step, slice })),
+        (step(), slice()).prop_map(|(step, slice)| PeerMessage::Data(Key::State { step, slice })),
+        prepared().prop_map(PeerMessage::Prepared),
+    ]
+}
