@@ -171,7 +171,8 @@ impl fmt::Display for Event {
             }
             Self::Stopping { generation, boundary: false } => write!(f, "stopping at once for {generation}"),
             Self::Planned { generation, base, members, moved } => {
-                write!(f, "{generation} goes on from step {base} with {} workers", members.len())?;
+                let s = if members.len() == 1 { "" } else { "s" };
+                write!(f, "{generation} goes on from step {base} with {} worker{s}", members.len())?;
                 if *moved > 0 { write!(f, ", {moved} slices move") } else { Ok(()) }
             }
             Self::RolledBack { from, to } => {

@@ -1,0 +1,256 @@
+//! Readable scenarios for the coordinator's core: `tests/scenarios/*.txt`.
+//!
+//! A file is a list of inputs, one a line, each followed by what the core answers, indented by
+//! `>`. `REWRITE=1 cargo test -p caravan-coordinator-core --test scenarios` writes the answers
+//! anew; the diff is then to be read like code. The model has five slices, s0 to s4.
+
+use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
+use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VERSION, Report, ToWorker};
+use caravan_types::task::SavedPart;
+use caravan_types::{Digest, Generation, ModelShape, Plan, SliceId, SliceSet, Source, Step, WorkerId};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+#[test]
+fn every_scenario_answers_as_written() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path()).collect();
+    files.sort();
+    assert!(!files.is_empty());
+    for file in files {
+        let written = std::fs::read_to_string(&file).unwrap();
+        let answered = play(&written);
+        if std::env::var_os("REWRITE").is_some() {
+            std::fs::write(&file, answered).unwrap();
+        } else {
+            assert_eq!(answered, written, "{}", file.display());
+        }
+    }
+}
+
+/// The same inputs with the answers of today's core.
+fn play(script: &str) -> String {
+    let mut answered = String::new();
+    let mut stage: Option<Stage> = None;
+    for line in script.lines().filter(|l| !l.starts_with('>')) {
+        answered.push_str(line);
+        answered.push('\n');
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let words = Words::new(line);
+        match &mut stage {
+            None => stage = Some(Stage::new(&words)),
+            Some(stage) => {
+                for output in stage.take(&words) {
+                    writeln!(answered, "> {}", shown(&output)).unwrap();
+                }
+            }
+        }
+    }
+    answered
+}
+
+struct Stage {
+    core: Core,
+    now: u64,
+}
+
+/// A command, and its `key=value` arguments.
+struct Words<'a> {
+    line: &'a str,
+    first: Vec<&'a str>,
+    named: BTreeMap<&'a str, &'a str>,
+}
+
+impl<'a> Words<'a> {
+    fn new(line: &'a str) -> Self {
+        let (named, first): (Vec<&str>, Vec<&str>) = line.split_whitespace().partition(|w| w.contains('='));
+        Self { line, first, named: named.into_iter().filter_map(|w| w.split_once('=')).collect() }
+    }
+
+    fn number(&self, name: &str, default: u64) -> u64 {
+        self.named
+            .get(name)
+            .map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name} in {:?}", self.line)))
+    }
+
+    /// `0-2,4` is slices 0, 1, 2 and 4.
+    fn slices(&self, name: &str) -> Option<SliceSet> {
+        let text = self.named.get(name)?;
+        let ranges = text.split(',').filter(|r| !r.is_empty()).map(|r| {
+            let (from, to) = r.split_once('-').unwrap_or((r, r));
+            from.parse().unwrap()..to.parse::<u32>().unwrap() + 1
+        });
+        Some(ranges.collect::<Vec<_>>().into())
+    }
+
+    /// The number in a word such as `w3`.
+    fn id(&self, at: usize) -> u64 {
+        self.first[at]
+            .trim_start_matches(char::is_alphabetic)
+            .parse()
+            .unwrap_or_else(|_| panic!("{:?}", self.line))
+    }
+}
+
+impl Stage {
+    fn new(words: &Words<'_>) -> Self {
+        assert_eq!(words.first, ["run"], "a scenario starts with its run");
+        let shape = ModelShape {
+            dim: 8,
+            layers: 3,
+            heads: 2,
+            kv_heads: 1,
+            hidden: 8,
+            vocab: 16,
+            context: 8,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+        };
+        let config = Config {
+            shape,
+            lanes: words.number("lanes", 4) as u32,
+            steps: words.number("steps", 10),
+            family: "avx512".into(),
+            redundancy: words.number("redundancy", 2) as u32,
+            workers: words.number("workers", 2) as u32,
+            detect_ms: 1000,
+        };
+        let restored = Restored {
+            generation: Generation(words.number("generation", 0)),
+            next_worker: words.number("next_worker", 1),
+            checkpoint: words.named.get("checkpoint").map(|s| Step(s.parse().unwrap())),
+        };
+        Self { core: Core::new(config, restored, 0), now: 0 }
+    }
+
+    fn take(&mut self, words: &Words<'_>) -> Vec<Output> {
+        let input = match words.first[0] {
+            "hello" => Input::Hello { session: Session(words.id(1)), hello: hello(words) },
+            "close" => Input::Closed { session: Session(words.id(1)) },
+            "drain" => Input::Drain,
+            "time" => {
+                self.now += words.id(1);
+                Input::Tick
+            }
+            "complete" => Input::Completed {
+                generation: Generation(words.number("g", 0)),
+                step: Step(words.number("step", 0)),
+                result: words.named.get("error").map_or(Ok(()), |e| Err((*e).into())),
+            },
+            _ => Input::Message { worker: WorkerId(words.id(0)), message: message(words) },
+        };
+        let mut outputs = Vec::new();
+        self.core.handle(self.now, input, &mut outputs);
+        outputs
+    }
+}
+
+fn hello(words: &Words<'_>) -> Hello {
+    Hello {
+        protocol: words.number("protocol", PROTOCOL_VERSION.into()) as u32,
+        build: "test".into(),
+        name: format!("session-{}", words.id(1)),
+        host: "here".into(),
+        fabric: format!("here:{}", words.id(1)),
+        families: vec![(*words.named.get("family").unwrap_or(&"avx512")).into()],
+        threads: 1,
+    }
+}
+
+fn message(words: &Words<'_>) -> FromWorker {
+    let generation = Generation(words.number("g", 0));
+    let step = Step(words.number("step", 0));
+    match words.first[1] {
+        "beats" => FromWorker::Heartbeat { applied: step, activity: Activity::Computing },
+        "leaves" => FromWorker::Leaving,
+        "lost" => FromWorker::PeerLost { generation, peer: WorkerId(words.id(2)) },
+        "diverged" => FromWorker::Diverged { generation, step, slice: SliceId(0) },
+        "commits" => {
+            let norm = step.0 as f64 + 0.5;
+            FromWorker::Committed(Committed { generation, step, loss: 2.5, norm, took_ms: 10 })
+        }
+        "reports" => FromWorker::Report(Report {
+            generation,
+            applied: step,
+            norm: (step.0 > 0).then_some(step.0 as f64 + 0.5),
+            state: words.slices("state").unwrap_or_default(),
+            weights: words.slices("weights").or(words.slices("state")).unwrap_or_default(),
+            prepared: words.slices("prepared"),
+        }),
+        "saves" => {
+            let slices = words.slices("slices").unwrap_or_default();
+            let slices = slices.iter().map(|s| (s, Digest::default())).collect();
+            let part = SavedPart { file: words.first[0].into(), bytes: 1, digest: Digest::default(), slices };
+            let part = words.named.get("error").map_or(Ok(part), |e| Err((*e).into()));
+            FromWorker::Saved { generation, step, part }
+        }
+        other => panic!("{other} in {:?}", words.line),
+    }
+}
+
+fn shown(output: &Output) -> String {
+    match output {
+        Output::Persist(Record::Plan(plan)) => format!("persist plan\n{}", plan_lines(plan)),
+        Output::Persist(record) => format!("persist {record:?}"),
+        Output::Welcome { session, worker } => format!("welcome session {} as {worker}", session.0),
+        Output::Refuse { session, refusal } => format!("refuse session {}: {refusal}", session.0),
+        Output::Send { worker, message: ToWorker::Plan(plan) } => {
+            format!("{worker} <- plan {}", plan.generation)
+        }
+        Output::Send { worker, message: ToWorker::Stop { generation, boundary } } => {
+            format!(
+                "{worker} <- stop for {generation} {}",
+                if *boundary { "after this step" } else { "at once" }
+            )
+        }
+        Output::Send { worker, message: ToWorker::Save { generation, step, slices } } => {
+            format!("{worker} <- save step {step} for {generation}: slices {}", set(slices))
+        }
+        Output::Send { worker, message: ToWorker::Goodbye(farewell) } => {
+            format!("{worker} <- goodbye: {farewell}")
+        }
+        Output::Complete { generation, step, parts } => {
+            let files: Vec<&str> = parts.iter().map(|p| p.file.as_str()).collect();
+            format!("complete step {step} of {generation} from {}", files.join(" "))
+        }
+        Output::Note(event) => format!("note: {event}"),
+        Output::Committed { committed, workers } => {
+            format!("committed step {} by {workers} workers", committed.step)
+        }
+        Output::End(farewell) => format!("end: {farewell}"),
+    }
+}
+
+fn plan_lines(plan: &Plan) -> String {
+    let norm = plan.norm.map_or(String::new(), |n| format!(", whoever is behind applies it with norm {n}"));
+    let mut lines = vec![format!("{} from step {}{norm}", plan.generation, plan.base)];
+    for p in &plan.pipelines {
+        let workers: Vec<String> = p.stages.iter().map(|s| s.worker.to_string()).collect();
+        lines.push(format!("lanes {}-{}: {}", p.lanes.start, p.lanes.end - 1, workers.join(" ")));
+    }
+    for member in &plan.members {
+        lines.push(format!("{} owns {}", member.worker, set(&plan.owned_by(member.worker))));
+    }
+    for t in &plan.transfers {
+        let from = match t.from {
+            Source::Peer(worker) => worker.to_string(),
+            Source::Checkpoint => "the checkpoint".into(),
+            Source::Init => "the seed".into(),
+        };
+        lines.push(format!("{} gets {:?} of {} from {from}", t.to, t.part, set(&t.slices)));
+    }
+    lines.extend(plan.idle.iter().map(|(worker, reason)| format!("{worker} is idle: {reason}")));
+    lines.iter().map(|l| format!(">     {l}")).collect::<Vec<_>>().join("\n")
+}
+
+fn set(slices: &SliceSet) -> String {
+    let range = |r: std::ops::Range<u32>| match r.end - r.start {
+        1 => format!("s{}", r.start),
+        _ => format!("s{}-{}", r.start, r.end - 1),
+    };
+    let ranges: Vec<String> = slices.ranges().into_iter().map(range).collect();
+    if ranges.is_empty() { "nothing".into() } else { ranges.join(",") }
+}
