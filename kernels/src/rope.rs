@@ -1,0 +1,90 @@
+//! Rotary position embedding (arXiv 2104.09864), Hugging Face's layout: element i of a head
+//! is turned together with element i + half, not with its neighbour.
+
+use crate::{Cpu, Real};
+use rayon::prelude::*;
+
+/// Rows per task.
+const ROWS: usize = 64;
+
+/// Cosines and sines of position · θ^(−2i / head size), for i below half a head.
+#[derive(Debug)]
+pub struct Table<R> {
+    half: usize,
+    /// For each position, half a head of cosines, then as many sines.
+    turns: Vec<R>,
+}
+
+impl<R: Real> Table<R> {
+    /// Tables for positions `0..positions`, computed in f64 and rounded once.
+    #[must_use]
+    pub fn new(positions: usize, head: usize, theta: f64) -> Self {
+        let half = head / 2;
+        let rate = |i: usize| libm::pow(theta, -2.0 * i as f64 / head as f64);
+        let rates: Vec<f64> = (0..half).map(rate).collect();
+        let mut turns = Vec::with_capacity(positions * half * 2);
+        for position in 0..positions {
+            let angle = |rate: &f64| position as f64 * rate;
+            turns.extend(rates.iter().map(|rate| R::from_f64(libm::cos(angle(rate)))));
+            turns.extend(rates.iter().map(|rate| R::from_f64(libm::sin(angle(rate)))));
+        }
+        Self { half, turns }
+    }
+
+    /// Number of positions.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        self.turns.len() / (2 * self.half)
+    }
+}
+
+/// Which way to turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// The forward pass.
+    Forward,
+    /// The backward pass: a rotation's transpose is its inverse.
+    Backward,
+}
+
+/// Turns the first `turned` elements (whole heads: queries, then keys) of every row of
+/// `width` in place. Row i is at position `first + i % length`.
+///
+/// # Panics
+/// Where the table is too short or sizes do not fit.
+pub fn rope<R: Real>(
+    cpu: &Cpu,
+    rows: &mut [R],
+    width: usize,
+    turned: usize,
+    (first, length): (usize, usize),
+    table: &Table<R>,
+    turn: Turn,
+) {
+    assert!(turned <= width && turned.is_multiple_of(2 * table.half) && rows.len().is_multiple_of(width));
+    assert!(first + length.min(rows.len() / width) <= table.positions());
+    let (family, backward) = (cpu.family(), turn == Turn::Backward);
+    cpu.install(|| {
+        rows.par_chunks_mut(ROWS * width).enumerate().for_each(|(chunk, rows)| {
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let position = first + (chunk * ROWS + i) % length;
+                let turns = &table.turns[position * 2 * table.half..][..2 * table.half];
+                turn_row(family, &mut row[..turned], turns, backward);
+            }
+        });
+    });
+}
+
+kernel! {
+    fn turn_row<R>(row: &mut [R], turns: &[R], backward: bool) {
+        let (cos, sin) = turns.split_at(turns.len() / 2);
+        let sign = if backward { -R::ONE } else { R::ONE };
+        for head in row.chunks_exact_mut(turns.len()) {
+            let (a, b) = head.split_at_mut(turns.len() / 2);
+            for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
+                let sin = sign * *sin;
+                (*a, *b) = (*a * *cos - *b * sin, *b * *cos + *a * sin);
+            }
+        }
+    }
+}

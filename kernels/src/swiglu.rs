@@ -1,0 +1,69 @@
+//! SwiGLU (arXiv 2002.05202): a = silu(gate) · up, with gate and up side by side in a row.
+
+use crate::{Cpu, Real};
+use rayon::prelude::*;
+
+/// Rows per task.
+const ROWS: usize = 32;
+
+/// `out` (rows of `hidden`) from `gate_up` (rows of gate, then up, `hidden` each).
+///
+/// # Panics
+/// Where lengths do not fit.
+pub fn forward<R: Real>(cpu: &Cpu, gate_up: &[R], hidden: usize, out: &mut [R]) {
+    assert_eq!(gate_up.len(), 2 * out.len());
+    let family = cpu.family();
+    cpu.install(|| {
+        let rows = gate_up.par_chunks(ROWS * 2 * hidden);
+        out.par_chunks_mut(ROWS * hidden).zip(rows).for_each(|(out, rows)| {
+            for (out, row) in out.chunks_exact_mut(hidden).zip(rows.chunks_exact(2 * hidden)) {
+                forward_row(family, row, out);
+            }
+        });
+    });
+}
+
+/// Takes `dout` (∂/∂out) and turns it into out itself, which the next gradient needs and
+/// which the forward pass did not keep; sets `dgate_up` to ∂/∂gate_up.
+///
+/// # Panics
+/// Where lengths do not fit.
+pub fn backward<R: Real>(cpu: &Cpu, dout: &mut [R], gate_up: &[R], hidden: usize, dgate_up: &mut [R]) {
+    assert!(gate_up.len() == 2 * dout.len() && dgate_up.len() == gate_up.len());
+    let (family, wide) = (cpu.family(), 2 * hidden);
+    cpu.install(|| {
+        let rows = gate_up.par_chunks(ROWS * wide).zip(dgate_up.par_chunks_mut(ROWS * wide));
+        dout.par_chunks_mut(ROWS * hidden).zip(rows).for_each(|(dout, (rows, drows))| {
+            let rows = rows.chunks_exact(wide).zip(drows.chunks_exact_mut(wide));
+            for (dout, (row, drow)) in dout.chunks_exact_mut(hidden).zip(rows) {
+                backward_row(family, dout, row, drow);
+            }
+        });
+    });
+}
+
+kernel! {
+    fn forward_row<R>(row: &[R], out: &mut [R]) {
+        let (gate, up) = row.split_at(out.len());
+        for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+            *out = *g / (R::ONE + (-*g).exp()) * *u;
+        }
+    }
+}
+
+kernel! {
+    fn backward_row<R>(dout: &mut [R], row: &[R], drow: &mut [R]) {
+        let (gate, up) = row.split_at(dout.len());
+        let (dgate, dup) = drow.split_at_mut(dout.len());
+        for ((d, (g, u)), (dg, du)) in
+            dout.iter_mut().zip(gate.iter().zip(up)).zip(dgate.iter_mut().zip(dup))
+        {
+            // silu'(g) = σ + g·σ·(1 − σ)
+            let sigmoid = R::ONE / (R::ONE + (-*g).exp());
+            let silu = *g / (R::ONE + (-*g).exp());
+            *dg = *d * *u * (sigmoid + silu * (R::ONE - sigmoid));
+            *du = *d * silu;
+            *d = silu * *u;
+        }
+    }
+}

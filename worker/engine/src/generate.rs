@@ -1,0 +1,168 @@
+//! Decoding with a key-value cache.
+//!
+//! Every operation gives a row the bits that it would have among many rows, so the logits of
+//! a token decoded alone are those of the full forward pass, to the bit.
+
+use crate::EngineError;
+use crate::layout::{Layer, Layout};
+use crate::model::product;
+use crate::random::{Purpose, draw, unit};
+use caravan_kernels::attention::{self, Inputs};
+use caravan_kernels::matmul::Into;
+use caravan_kernels::rope::{self, Turn};
+use caravan_kernels::{Cpu, Real, embedding, rmsnorm, swiglu};
+use caravan_types::ModelShape;
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// Logits are divided by it; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Only the likeliest tokens that together have this probability are considered.
+    pub top_p: f64,
+    /// Key of the choices: the same seed chooses the same text.
+    pub seed: u64,
+}
+
+/// A model in the middle of a text.
+#[derive(Debug)]
+pub struct Generator<'a, R> {
+    cpu: &'a Cpu,
+    layout: Layout,
+    weights: &'a [R],
+    epsilon: R,
+    turns: rope::Table<R>,
+    /// For each layer: rows of keys, then rows of values, for `context` positions each.
+    cache: Vec<[Vec<R>; 2]>,
+    position: usize,
+    /// The logits after the last token.
+    logits: Vec<R>,
+}
+
+impl<'a, R: Real> Generator<'a, R> {
+    /// A generator on flat weights.
+    ///
+    /// # Errors
+    /// Where the shape contradicts itself or the weights are not of its size.
+    pub fn new(cpu: &'a Cpu, shape: &ModelShape, weights: &'a [R]) -> Result<Self, EngineError> {
+        let layout = Layout::new(shape)?;
+        if weights.len() != layout.parameters {
+            let (got, needed) = (weights.len(), layout.parameters);
+            return Err(EngineError::Shape(format!("{got} weights for a model of {needed}")));
+        }
+        let rows = layout.context * layout.kv();
+        Ok(Self {
+            cpu,
+            epsilon: R::from_f64(f64::from(shape.norm_eps)),
+            turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
+            cache: layout.layers.iter().map(|_| [vec![R::ZERO; rows], vec![R::ZERO; rows]]).collect(),
+            position: 0,
+            logits: vec![R::ZERO; layout.vocab],
+            layout,
+            weights,
+        })
+    }
+
+    /// Tokens read so far.
+    #[must_use]
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// The logits for the token after those read.
+    #[must_use]
+    pub fn logits(&self) -> &[R] {
+        &self.logits
+    }
+
+    /// Reads tokens: a prompt, or the token chosen last.
+    ///
+    /// # Errors
+    /// Where there are none, one is outside the vocabulary, or the context is full.
+    pub fn read(&mut self, tokens: &[u32]) -> Result<(), EngineError> {
+        let Layout { dim, vocab, context, .. } = self.layout;
+        if tokens.is_empty() {
+            return Err(EngineError::Prompt("there is no token to start from".into()));
+        }
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= vocab) {
+            return Err(EngineError::Prompt(format!("token {token} is outside the vocabulary of {vocab}")));
+        }
+        if self.position + tokens.len() > context {
+            return Err(EngineError::Prompt(format!("the model's context of {context} tokens is full")));
+        }
+        let n = tokens.len();
+        let mut stream = vec![R::ZERO; n * dim];
+        embedding::forward(tokens, &self.weights[self.layout.embedding.clone()], dim, &mut stream);
+        for l in 0..self.layout.layers.len() {
+            self.layer(l, n, &mut stream);
+        }
+        self.position += n;
+        let gain = &self.weights[self.layout.final_norm.clone()];
+        let mut last = vec![R::ZERO; dim];
+        rmsnorm::forward(self.cpu, &stream[(n - 1) * dim..], gain, self.epsilon, &mut last);
+        let head = &self.weights[self.layout.head_weight.clone()];
+        product(self.cpu, &last, dim, head, &mut self.logits, Into::Set);
+        Ok(())
+    }
+
+    fn layer(&mut self, l: usize, n: usize, stream: &mut [R]) {
+        let Layout { dim, hidden, heads, kv_heads, head, .. } = self.layout;
+        let (kv, width, cpu, w) = (self.layout.kv(), self.layout.qkv(), self.cpu, self.weights);
+        let Layer { attention_norm, qkv: w_qkv, output, mlp_norm, gate_up: w_gate_up, down } =
+            self.layout.layers[l].clone();
+        let mut normed = vec![R::ZERO; n * dim];
+        let mut qkv = vec![R::ZERO; n * width];
+        rmsnorm::forward(cpu, stream, &w[attention_norm], self.epsilon, &mut normed);
+        product(cpu, &normed, dim, &w[w_qkv], &mut qkv, Into::Set);
+        let end = self.position + n;
+        rope::rope(cpu, &mut qkv, width, dim + kv, (self.position, n), &self.turns, Turn::Forward);
+        let [keys, values] = &mut self.cache[l];
+        let rows = keys[self.position * kv..].chunks_exact_mut(kv);
+        let rows = rows.zip(values[self.position * kv..].chunks_exact_mut(kv));
+        for (row, (key, value)) in qkv.chunks_exact(width).zip(rows) {
+            key.copy_from_slice(&row[dim..dim + kv]);
+            value.copy_from_slice(&row[dim + kv..]);
+        }
+        let starts = vec![0; n];
+        let inputs =
+            Inputs { q: &qkv, q_stride: width, k: keys, v: values, kv_stride: kv, document_start: &starts };
+        let shape = attention::Shape { sequences: 1, queries: n, keys: end, heads, kv_heads, head };
+        let mut lse = vec![R::ZERO; n * heads];
+        attention::forward(cpu, &shape, &inputs, &mut normed, &mut lse);
+        product(cpu, &normed, dim, &w[output], stream, Into::Add);
+
+        let mut gate_up = vec![R::ZERO; n * 2 * hidden];
+        let mut activated = vec![R::ZERO; n * hidden];
+        rmsnorm::forward(cpu, stream, &w[mlp_norm], self.epsilon, &mut normed);
+        product(cpu, &normed, dim, &w[w_gate_up], &mut gate_up, Into::Set);
+        swiglu::forward(cpu, &gate_up, hidden, &mut activated);
+        product(cpu, &activated, hidden, &w[down], stream, Into::Add);
+    }
+
+    /// Chooses the next token; a pure function of the logits, the position and the seed.
+    #[must_use]
+    pub fn choose(&self, sampling: &Sampling) -> u32 {
+        let likeliest = self.logits.iter().copied().map(Real::to_f64).enumerate();
+        let mut order: Vec<(usize, f64)> = likeliest.collect();
+        // Descending, ties by token, so that the order is one.
+        order.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if sampling.temperature <= 0.0 {
+            return order[0].0 as u32;
+        }
+        let max = order[0].1;
+        let weight = |logit: f64| libm::exp((logit - max) / sampling.temperature);
+        let total: f64 = order.iter().map(|(_, logit)| weight(*logit)).sum();
+        let mut nucleus = Vec::new();
+        let mut mass = 0.0;
+        for (token, logit) in order {
+            mass += weight(logit) / total;
+            nucleus.push((token, mass));
+            if mass >= sampling.top_p {
+                break;
+            }
+        }
+        let at = mass * unit(draw(sampling.seed, Purpose::Sample, self.position as u64)[0]);
+        let chosen = nucleus.iter().find(|(_, mass)| *mass > at).or(nucleus.last());
+        chosen.map_or(0, |(token, _)| *token as u32)
+    }
+}
