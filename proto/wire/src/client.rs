@@ -79,3 +79,102 @@ fn innermost(error: &dyn Error) -> String {
     }
     at.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Malformed, pb};
+    use caravan_types::status::{Snapshot, WorkerStatus};
+    use std::net::SocketAddr;
+    use tokio::net::TcpListener;
+    use tokio_stream::wrappers::TcpListenerStream;
+    use tonic::{Request, Response, Status, Streaming};
+
+    const TIMEOUTS: Timeouts = Timeouts {
+        connect: Duration::from_secs(5),
+        keep_alive: Duration::from_secs(5),
+        keep_alive_timeout: Duration::from_secs(5),
+    };
+
+    /// Answers `Status` with so many workers, and refuses the rest.
+    struct Crowd(usize);
+
+    #[tonic::async_trait]
+    impl Coordinator for Crowd {
+        type SessionStream = tokio_stream::Empty<Result<pb::ToWorker, Status>>;
+        type EventsStream = tokio_stream::Empty<Result<pb::LoggedEvent, Status>>;
+
+        async fn session(
+            &self,
+            _: Request<Streaming<pb::FromWorker>>,
+        ) -> Result<Response<Self::SessionStream>, Status> {
+            Err(Malformed { field: "FromWorker.message", why: crate::Why::OutOfPlace }.into())
+        }
+
+        async fn status(&self, _: Request<pb::StatusRequest>) -> Result<Response<pb::Snapshot>, Status> {
+            Ok(Response::new(crowd(self.0).into()))
+        }
+
+        async fn events(
+            &self,
+            _: Request<pb::EventsRequest>,
+        ) -> Result<Response<Self::EventsStream>, Status> {
+            Ok(Response::new(tokio_stream::empty()))
+        }
+
+        async fn drain(&self, _: Request<pb::DrainRequest>) -> Result<Response<pb::DrainReply>, Status> {
+            Err(Status::unimplemented("nothing to drain"))
+        }
+    }
+
+    fn crowd(workers: usize) -> Snapshot {
+        let worker = WorkerStatus {
+            worker: caravan_types::WorkerId(1),
+            name: "w".repeat(1000),
+            member: true,
+            lanes: (0, 1),
+            owned_slices: 1,
+            activity: caravan_types::message::Activity::Computing,
+            applied: caravan_types::Step(1),
+            silent_ms: 0,
+        };
+        Snapshot { workers: vec![worker; workers], ..Snapshot::default() }
+    }
+
+    async fn start(crowd: Crowd) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tonic::transport::Server::builder().add_service(serve(crowd));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        address
+    }
+
+    /// tonic's default of 4 MiB is less than a plan of a large model.
+    #[tokio::test]
+    async fn a_message_beyond_the_usual_four_mebibytes_arrives() {
+        let address = start(Crowd(5000)).await.to_string();
+        let mut client = connect(&address, TIMEOUTS).await.unwrap();
+        let snapshot = client.status(pb::StatusRequest {}).await.unwrap().into_inner();
+        assert_eq!(Snapshot::try_from(snapshot), Ok(crowd(5000)));
+    }
+
+    #[tokio::test]
+    async fn a_malformed_message_is_answered_with_what_is_wrong() {
+        let address = start(Crowd(0)).await.to_string();
+        let mut client = connect(&address, TIMEOUTS).await.unwrap();
+        let status = client.session(tokio_stream::empty()).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::InvalidArgument);
+        assert!(status.message().contains("FromWorker.message"), "{status}");
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_none_is_told_from_one_where_nobody_answers() {
+        for bad in ["", "coordinator", ":7070", "http://127.0.0.1:7070", "127.0.0.1:port", "a b:1"] {
+            let error = connect(bad, TIMEOUTS).await.unwrap_err();
+            assert!(matches!(error, CannotConnect::Address { .. }), "{bad:?} gave {error}");
+        }
+        let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let error = connect(&free.to_string(), TIMEOUTS).await.unwrap_err();
+        assert!(error.to_string().contains("refused"), "{error}");
+    }
+}
