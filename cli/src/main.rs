@@ -1,2 +1,102 @@
-//! The one binary.
-fn main() {}
+//! `caravan`, the one binary. Each subcommand is a module with its arguments and its `run`;
+//! here they are only put together, and errors are told in one way.
+
+mod commands;
+mod config;
+mod estimate;
+mod job;
+mod preparing;
+mod run_dir;
+mod supervisor;
+mod telemetry;
+mod view;
+
+use clap::{Parser, Subcommand};
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// Elastic training of Llama-family models: workers may come, go and die, and the weights
+/// come out with the same bits.
+#[derive(Parser)]
+#[command(version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train: the main job, with a coordinator and worker processes on this machine.
+    Train(job::Args),
+    /// Coordinate a run whose workers are started elsewhere.
+    Coordinator(job::Args),
+    /// Join a run as a worker.
+    Worker(commands::worker::Args),
+    /// Print a run file as understood, with everything derived from it.
+    Config(commands::config::Args),
+    /// Show what a step was, or will be, trained on: tokens, text, sources, loss mask.
+    Inspect(commands::inspect::Args),
+    /// Generate text from a checkpoint.
+    Generate(commands::generate::Args),
+    /// Show a run at this moment.
+    Status(commands::status::Args),
+}
+
+/// Why a subcommand does not end well.
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// What a subcommand ends with.
+type Outcome = Result<(), Failure>;
+
+/// Says something to whoever is watching. Standard output is for results.
+fn say(text: &str) {
+    // Where standard error is closed, nobody is watching.
+    writeln!(io::stderr(), "{text}").ok();
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut out = io::stdout();
+    let outcome = match cli.command {
+        Command::Train(args) => commands::train::run(&args, &mut out),
+        Command::Coordinator(args) => commands::coordinator::run(&args),
+        Command::Worker(args) => match commands::worker::run(&args) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        Command::Config(args) => commands::config::run(&args, &mut out),
+        Command::Inspect(args) => commands::inspect::run(&args, &mut out),
+        Command::Generate(args) => commands::generate::run(&args, &mut out),
+        Command::Status(args) => commands::status::run(&args, &mut out),
+    };
+    match outcome.and_then(|()| Ok(out.flush()?)) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough, as in `caravan config … | head`.
+        Err(error) if is_broken_pipe(&*error) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("error: {}", with_causes(&*error)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// An error with its causes, a line each; a cause that its effect has told already is left
+/// out.
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let told = error.to_string();
+        if !text.contains(&told) {
+            text.push_str("\n  because: ");
+            text.push_str(&told);
+        }
+        cause = error.source();
+    }
+    text
+}

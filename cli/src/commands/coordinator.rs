@@ -1,0 +1,30 @@
+//! `caravan coordinator`: a coordinator without workers of its own; they join with
+//! `caravan worker --join ADDRESS`, and read data and checkpoints from the same folders.
+
+use crate::Outcome;
+use crate::commands::train::{TrainError, start, watch};
+use crate::job::{Args, Job};
+use crate::say;
+use caravan_types::message::Farewell;
+
+/// Coordinates until the run has ended.
+pub fn run(args: &Args) -> Outcome {
+    let mut job = Job::prepare(args)?;
+    if job.finished() {
+        say("this run is finished already");
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let farewell = runtime.block_on(async {
+        let running = start(&mut job).await?;
+        say(&format!("workers join with: caravan worker --join {}", running.address));
+        let ended = watch(&running, job.settings.recipe.steps, None).await;
+        running.shutdown().await;
+        job.run.set_address(None)?;
+        ended
+    })?;
+    match farewell {
+        Farewell::Finished | Farewell::Drained => Ok(()),
+        _ => Err(TrainError::Failed(job.log).into()),
+    }
+}

@@ -1,0 +1,214 @@
+//! `caravan train`: the main job on this machine. Prepares the data, starts a coordinator in
+//! this process and workers in processes of their own, shows how it goes, and ends with the
+//! weights.
+
+use crate::commands::generate;
+use crate::config::Settings;
+use crate::job::{Args, Job};
+use crate::run_dir::RunDir;
+use crate::supervisor::{Notice, Supervisor, Worker};
+use crate::view::View;
+use crate::{Failure, Outcome, say};
+use caravan_checkpoint::{Checkpoint, newest_intact};
+use caravan_coordinator::{Running, Update, serve};
+use caravan_types::Step;
+use caravan_types::message::Farewell;
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+/// How long workers may take to end once the run has: they have been told, and only close files.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Tokens of the sample at the end.
+const SAMPLE: usize = 96;
+
+/// Why a run did not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// The coordinator ended the run.
+    #[error("the run cannot go on; its last events say why, and {} has the details", .0.display())]
+    Failed(PathBuf),
+    /// All worker processes were given up.
+    #[error("no worker is left: {0}")]
+    NoWorkers(String),
+    /// A second Ctrl-C.
+    #[error(
+        "interrupted a second time: stopped without a checkpoint; the same command goes on from the last one"
+    )]
+    Interrupted,
+}
+
+/// Trains.
+pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
+    let mut job = Job::prepare(args)?;
+    let farewell = if job.finished() {
+        say("this run is finished already");
+        Farewell::Finished
+    } else {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        runtime.block_on(train(&mut job))?
+    };
+    match farewell {
+        Farewell::Finished | Farewell::Drained => conclude(args, &job, farewell, out),
+        _ => Err(TrainError::Failed(job.log).into()),
+    }
+}
+
+/// Coordinator, workers and view, until the run has ended.
+async fn train(job: &mut Job) -> Result<Farewell, Failure> {
+    let running = start(job).await?;
+    let cluster = &job.settings.cluster;
+    let worker = Worker {
+        program: std::env::current_exe()?,
+        coordinator: running.address,
+        threads: cluster.threads,
+        logs: job.run.logs(),
+    };
+    let mut supervisor = Supervisor::start(&worker, cluster.workers);
+    let ended = watch(&running, job.settings.recipe.steps, Some(&mut supervisor)).await;
+    supervisor.ended(FAREWELL).await;
+    running.shutdown().await;
+    job.run.set_address(None)?;
+    ended
+}
+
+/// Starts the coordinator in this process and says where it is.
+pub async fn start(job: &mut Job) -> Result<Running, Failure> {
+    let running = serve(job.options()?).await?;
+    job.run.set_address(Some(&format!("http://{}", running.address)))?;
+    say(&format!("run folder: {}", job.run.path().display()));
+    say(&format!("live page: http://{}", running.address));
+    match job.checkpoint() {
+        Some(step) => say(&format!("going on from the checkpoint of step {step}")),
+        None => {
+            say(&format!("a model of {} parameters starts from its seed", job.settings.model.parameters()))
+        }
+    }
+    Ok(running)
+}
+
+/// Shows what happens until the run has ended. The first Ctrl-C or SIGTERM drains, the second
+/// one stops.
+pub async fn watch(
+    running: &Running,
+    steps: u64,
+    mut supervisor: Option<&mut Supervisor>,
+) -> Result<Farewell, Failure> {
+    let mut signals = stop_signals()?;
+    let mut updates = running.handle.subscribe();
+    let mut view = View::new(steps);
+    let mut asked = false;
+    let mut given_up = String::new();
+    let ended = running.handle.ended();
+    tokio::pin!(ended);
+    let outcome = loop {
+        let notice = async {
+            match &mut supervisor {
+                Some(supervisor) => supervisor.notice().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ended = &mut ended => break ended.map_err(Into::into),
+            Some(update) = updates.next() => show(&mut view, &update),
+            notice = notice => match notice {
+                Some(Notice::Restarting { slot, ended, pause }) => {
+                    view.say(&format!("worker-{slot} {ended}; starting it again in {pause:?}"));
+                }
+                Some(Notice::GivenUp { slot, reason }) => {
+                    view.say(&format!("worker-{slot} is not started again: {reason}"));
+                    given_up = format!("worker-{slot} {reason}");
+                }
+                None if asked => supervisor = None,
+                None => break Err(TrainError::NoWorkers(given_up).into()),
+            },
+            Some(()) = signals.recv() => {
+                if asked {
+                    break Err(TrainError::Interrupted.into());
+                }
+                asked = true;
+                if let Some(supervisor) = &supervisor {
+                    supervisor.stop_restarting();
+                }
+                running.handle.drain().await;
+            }
+        }
+    };
+    // What was said last may still be on its way to the view.
+    while let Ok(Some(update)) = tokio::time::timeout(Duration::from_millis(50), updates.next()).await {
+        if let Update::Event(_) = update {
+            show(&mut view, &update);
+        }
+    }
+    outcome
+}
+
+fn show(view: &mut View, update: &Update) {
+    match update {
+        Update::Snapshot(snapshot) => view.snapshot(snapshot),
+        Update::Step(step) => view.step(step),
+        Update::Event(event) => view.event(event),
+    }
+}
+
+/// One message for each SIGINT and SIGTERM.
+fn stop_signals() -> std::io::Result<mpsc::Receiver<()>> {
+    // The first drains and the second stops; a third one changes nothing.
+    let (sender, receiver) = mpsc::channel(2);
+    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
+        let (mut signal, sender) = (signal(kind)?, sender.clone());
+        tokio::spawn(async move { while signal.recv().await.is_some() && sender.send(()).await.is_ok() {} });
+    }
+    Ok(receiver)
+}
+
+/// What the run has come to.
+fn conclude(args: &Args, job: &Job, farewell: Farewell, out: &mut dyn Write) -> Outcome {
+    let Some(checkpoint) = newest_intact(&job.run.checkpoints())?.checkpoint else {
+        say("stopped before the first step; the same command starts it again");
+        return Ok(());
+    };
+    let step = checkpoint.manifest().step;
+    let loss = final_loss(&job.run, step).map_or(String::new(), |loss| format!(", loss {loss:.4}"));
+    writeln!(out, "\nstep {step} of {}{loss}", job.settings.recipe.steps)?;
+    sample(&job.settings, &checkpoint, out)?;
+    let folder = checkpoint.dir().display();
+    writeln!(out, "checkpoint: {folder}")?;
+    writeln!(out, "next: caravan generate --checkpoint {folder} --prompt '…'")?;
+    if farewell == Farewell::Drained {
+        writeln!(out, "      caravan train {}   goes on from step {step}", args.file.display())?;
+    } else {
+        writeln!(out, "      caravan inspect {} --step {step}", job.run.path().display())?;
+    }
+    writeln!(out, "weights: {}", checkpoint.weights_hash())?;
+    Ok(())
+}
+
+/// A text by the trained model, where its tokenizer is known.
+fn sample(settings: &Settings, checkpoint: &Checkpoint, out: &mut dyn Write) -> Outcome {
+    if checkpoint.tokenizer().is_none() {
+        return Ok(());
+    }
+    writeln!(out, "\nsample:")?;
+    let options = generate::Options {
+        max_tokens: SAMPLE,
+        temperature: 0.7,
+        top_p: 0.9,
+        seed: settings.seed,
+        ..generate::Options::default()
+    };
+    generate::stream(checkpoint, &settings.prompt, &options, out)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+/// The loss of a step, from the metrics file.
+fn final_loss(run: &RunDir, step: Step) -> Option<f64> {
+    let text = std::fs::read_to_string(run.metrics()).ok()?;
+    let lines = text.lines().rev().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    let mut of_step = lines.filter(|v| v["step"].as_u64() == Some(step.0));
+    of_step.find_map(|v| v["loss"].as_f64())
+}

@@ -1,0 +1,47 @@
+//! `caravan worker`: one worker process, which joins a running coordinator.
+
+use crate::say;
+use crate::telemetry::{self, LogTarget};
+use caravan_worker::{Exit, Options};
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+/// What the subcommand takes.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The coordinator's host and port, as it prints them.
+    #[arg(long, value_name = "ADDRESS")]
+    join: String,
+    /// Where to listen for other workers; port 0 takes a free one.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// Compute threads; as many as there are cores by default.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// A name for people; host and process by default.
+    #[arg(long)]
+    name: Option<String>,
+}
+
+/// Works until told to end. The exit code says whether it helps to start it again.
+pub fn run(args: &Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + Sync>> {
+    let telemetry = telemetry::init("worker", &LogTarget::Stderr)?;
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let options = Options {
+        coordinator: args.join.trim_start_matches("http://").to_owned(),
+        listen: args.listen,
+        threads: args.threads.unwrap_or_else(cores).max(1),
+        name: args.name.clone(),
+    };
+    // One thread moves messages; the engine computes on its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let ended = runtime.block_on(caravan_worker::run(options));
+    match &ended {
+        Ok(farewell) => say(&format!("ending: {farewell}")),
+        Err(error) => say(&format!("error: {error}")),
+    }
+    drop(telemetry);
+    // The engine may be in the middle of a step that nobody wants any more.
+    runtime.shutdown_background();
+    Ok(ExitCode::from(Exit::from(&ended) as u8))
+}

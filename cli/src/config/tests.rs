@@ -1,0 +1,226 @@
+//! Every setting that cannot work, with what it is told, and what the rest becomes.
+
+use super::{ConfigError, Fault, Kernels, Override, Settings, parse};
+use caravan_types::{ModelShape, Recipe};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const GOOD: &str = r#"
+[model]
+dim = 64
+layers = 2
+heads = 4
+vocab = 512
+[data]
+paths = ["texts"]
+[batch]
+lanes = 4
+sequence_length = 32
+[recipe]
+steps = 1000
+"#;
+
+fn load(text: &str, sets: &[&str]) -> Result<Settings, ConfigError> {
+    let overrides: Vec<_> = sets.iter().map(|s| Override::set(s)).collect();
+    parse(Path::new("dir/tiny.toml"), text, &overrides)
+}
+
+fn good(sets: &[&str]) -> Settings {
+    load(GOOD, sets).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The problems as lines.
+fn problems(text: &str, sets: &[&str]) -> Vec<String> {
+    match load(text, sets) {
+        Err(ConfigError::Problems { problems, .. }) => problems.iter().map(ToString::to_string).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The one problem that a setting causes in an otherwise good file.
+fn problem(set: &str) -> String {
+    let found = problems(GOOD, &[set]);
+    assert_eq!(found.len(), 1, "{found:?}");
+    found[0].clone()
+}
+
+#[test]
+fn few_settings_are_enough_and_the_rest_is_the_papers() {
+    let s = good(&[]);
+    assert_eq!((s.name.as_str(), s.seed), ("tiny", 0));
+    assert_eq!((s.model.kv_heads, s.model.hidden, s.model.context), (4, 256, 32));
+    let paper = Recipe::default();
+    assert_eq!(s.recipe, Recipe { steps: 1000, warmup_steps: 100, ..paper });
+    assert_eq!((s.batch.lanes, s.batch.micro_batches, s.batch.sequences), (4, 1, 1));
+    assert_eq!(s.data.paths, [PathBuf::from("dir/texts")]);
+    assert_eq!((s.cluster.workers, s.cluster.redundancy, s.cluster.detect), (2, 2, Duration::from_secs(3)));
+    assert_eq!((s.kernels, s.notes), (Kernels::Auto, vec![]));
+}
+
+#[test]
+fn presets_are_taken_whole_or_changed_key_by_key() {
+    let preset = |changes: &str| {
+        let text = format!(
+            "[model]\npreset = \"7b\"\n{changes}\n[data]\npaths = [\"x\"]\n[recipe]\nsteps = 20000\n[cluster]\nthreads = 1"
+        );
+        load(&text, &[]).unwrap_or_else(|e| panic!("{e}"))
+    };
+    let s = preset("");
+    assert_eq!(Some(s.model), ModelShape::preset("7b"));
+    assert_eq!((s.batch.sequence_length, s.recipe.warmup_steps, s.recipe.learning_rate), (4096, 2000, 3e-4));
+    assert_eq!(preset("layers = 2").model.hidden, 11008);
+    assert_eq!(
+        preset("dim = 5120\nheads = 40").model,
+        ModelShape { layers: 32, ..ModelShape::preset("13b").unwrap() }
+    );
+    let text = "[model]\npreset = \"70b\"\n[data]\npaths = \"x\"\n[recipe]\nsteps = 1";
+    assert_eq!(load(text, &[]).unwrap().recipe.learning_rate, 1.5e-4);
+}
+
+#[test]
+fn overrides_win_and_are_named_in_errors() {
+    let s =
+        good(&["recipe.steps=7", "name=other", "model={preset=\"15m\"}", "model.dim = 288", "model.heads=6"]);
+    assert_eq!((s.recipe.steps, s.name.as_str(), s.model.dim), (7, "other", 288));
+    let flag = [Override::new("--workers", "cluster.workers", 0)];
+    let Err(ConfigError::Problems { problems, .. }) = parse(Path::new("x.toml"), GOOD, &flag) else {
+        panic!()
+    };
+    assert_eq!(problems[0].to_string(), "cluster.workers = 0 (from --workers): must be from 1 to 4096");
+    assert!(
+        problem("recipe.steps=many").starts_with("recipe.steps = \"many\" (from --set): must be a whole")
+    );
+    assert!(problem("recipe.steps").contains("must be key=value"));
+    assert!(problem("a..b=1").contains("must be key=value"));
+    let here =
+        parse(Path::new("dir/x.toml"), GOOD, &[Override::set("data.paths=cargo:a/Cargo.lock")]).unwrap();
+    assert_eq!(here.data.paths, [PathBuf::from("cargo:a/Cargo.lock")], "from the current folder");
+    let text = GOOD.replace("texts", "cargo:../Cargo.lock");
+    assert_eq!(load(&text, &[]).unwrap().data.paths, [PathBuf::from("cargo:dir/../Cargo.lock")]);
+}
+
+#[test]
+fn a_value_with_a_line_break_sets_one_key_only() {
+    let found = problems(GOOD, &["seed=1\n[recipe]\nsteps=3"]);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].starts_with("seed = "), "{found:?}");
+}
+
+#[test]
+fn every_value_that_cannot_work_is_told_with_one_that_would() {
+    for (set, expected) in [
+        ("batch.lanes=6", "must be a power of two, such as 4 or 8"),
+        ("batch.lanes=0", "must be from 1 to 4096"),
+        ("batch.size=10", "must be a multiple of batch.lanes × batch.sequences = 4 × 1 = 4: 8 or 12"),
+        ("batch.size=3", "= 4: 4, for example"),
+        ("batch.sequence_length=0", "must be from 1"),
+        ("model.heads=5", "5 heads cannot share model.dim = 64 evenly; 4 or 8 would"),
+        (
+            "model.heads=64",
+            "a head would have 1 dimensions, and rotary positions need an even number; 32 heads would do",
+        ),
+        ("model.kv_heads=3", "4 query heads cannot share 3 key and value heads evenly; 2 or 4 would"),
+        ("model.context=16", "is longer than model.context = 16"),
+        ("model.preset=8b", "must be one of \"260k\", \"15m\""),
+        ("model.vocab=100", "must be from 260"),
+        ("model.dim=-5", "must be from 2"),
+        ("model.dim=6.5", "must be a whole number"),
+        ("recipe.warmup_steps=1000", "must be less than recipe.steps = 1000"),
+        ("recipe.final_ratio=1.5", "must be from 0 to 1"),
+        ("recipe.learning_rate=nan", "must be from 0.000000001 to 10"),
+        ("recipe.beta2=1", "must be from 0 to"),
+        ("recipe.learning_rate=fast", "must be a number"),
+        ("cluster.workers=0", "must be from 1"),
+        ("cluster.redundancy=0", "must be from 1"),
+        ("cluster.keep=0", "must be from 1"),
+        ("cluster.detect=10ms", "must be from 100ms to 600s"),
+        ("cluster.detect=20m", "must be from 100ms to 600s"),
+        ("cluster.detect=3", "must be a time with its unit, such as \"3s\""),
+        ("cluster.detect=-3s", "must be a time with its unit"),
+        (
+            "cluster.listen=localhost",
+            "must be an address of this machine with a port, such as \"127.0.0.1:7070\"",
+        ),
+        ("data.paths=[]", "needs folders, files or \"cargo:LOCKFILE\""),
+        ("data.paths=[1]", "must be a list of texts"),
+        ("data.include=[]", "needs extensions"),
+        ("precision=bf16", "must be one of \"fp32\""),
+        ("kernels=cuda", "what this machine has: "),
+        ("name=../x", "a folder is named after it"),
+        ("name=7", "must be a text in quotes"),
+        ("seed=-1", "must be from 0"),
+        ("batch=3", "is a table, with the keys sequence_length, lanes"),
+        ("batch.lane=4", "there is no such setting; did you mean batch.lanes?"),
+        ("lanes=4", "did you mean batch.lanes?"),
+        ("cluster.warmup=4", "did you mean recipe.warmup_steps?"),
+        ("xyzzy=4", "there is no such setting"),
+        ("\"batch.lanes\"=4", "there is no such setting"),
+    ] {
+        let told = problem(set);
+        assert!(told.contains(expected), "{set}: {told}");
+    }
+}
+
+#[test]
+fn a_batch_size_gives_the_micro_batches_and_must_not_contradict_them() {
+    assert_eq!(good(&["batch.size=24", "batch.sequences=2"]).batch.micro_batches, 3);
+    assert_eq!(good(&["batch.size=8", "batch.micro_batches=2"]).batch.micro_batches, 2);
+    let found = problems(GOOD, &["batch.size=16", "batch.micro_batches=2"]);
+    assert!(
+        found[0].contains("4 × 2 × 1 = 8: give batch.size or batch.micro_batches, not both"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn all_problems_of_a_file_are_told_at_once() {
+    let text = "nam = 1\n[model]\ndim = 100\nheads = 3\n[bacth]\nlanes = 4\n[batch]\nlanes = 3";
+    let found = problems(text, &["cluster.workers=0"]);
+    let keys: Vec<_> = found.iter().map(|p| p.split([' ', ':']).next().unwrap()).collect();
+    let expected = [
+        "model.layers",
+        "model.vocab",
+        "model.heads",
+        "batch.sequence_length",
+        "recipe.steps",
+        "data.paths",
+        "cluster.workers",
+        "bacth.lanes",
+        "nam",
+    ];
+    assert_eq!(keys, expected, "{found:#?}");
+    let error = load(text, &[]).unwrap_err().to_string();
+    assert!(error.starts_with("dir/tiny.toml has 8 problems; nothing was started\n  "), "{error}");
+}
+
+#[test]
+fn a_file_that_is_missing_or_no_toml_is_named() {
+    let error = super::load(Path::new("no/such.toml"), &[]).unwrap_err().to_string();
+    assert!(error.starts_with("cannot read the run file no/such.toml: "), "{error}");
+    let error = load("[model\ndim = 1", &[]).unwrap_err().to_string();
+    assert!(error.starts_with("dir/tiny.toml is no valid TOML: ") && error.contains("line 1"), "{error}");
+    assert!(matches!(load("a = 1\na = 2", &[]), Err(ConfigError::Syntax { .. })));
+}
+
+#[test]
+fn what_is_legal_but_maybe_not_meant_is_noted() {
+    let notes: Vec<String> = good(&["cluster.workers=9", "cluster.redundancy=1", "cluster.listen=0.0.0.0:1"])
+        .notes
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert!(
+        notes[0].contains("cluster.workers = 9 is more than batch.lanes = 4: 5 would have nothing"),
+        "{notes:?}"
+    );
+    assert!(notes[1].contains("cluster.redundancy = 1"), "{notes:?}");
+    assert!(notes[2].contains("no password"), "{notes:?}");
+}
+
+#[test]
+fn the_missing_key_is_a_fault_of_its_own() {
+    let Err(ConfigError::Problems { problems, .. }) = load(&GOOD.replace("steps = 1000", ""), &[]) else {
+        panic!()
+    };
+    assert!(matches!(problems[0].fault, Fault::Missing { .. }));
+}

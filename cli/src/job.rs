@@ -1,0 +1,144 @@
+//! A job: a run file with what it leads to, ready to be started.
+
+use crate::config::{self, Kernels, Override, Settings};
+use crate::preparing::Preparing;
+use crate::run_dir::{RunDir, RunDirError};
+use crate::say;
+use crate::telemetry::{self, Guard, LogTarget};
+use caravan_checkpoint::{Found, newest_intact};
+use caravan_coordinator::Options;
+use caravan_data::{DataError, Prepared, prepare};
+use caravan_kernels::Family;
+use caravan_types::{DataSpec, RunSpec, Step};
+use std::error::Error;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What `train` and `coordinator` take.
+#[derive(clap::Args)]
+pub struct Args {
+    /// The run file.
+    pub file: PathBuf,
+    /// Worker processes, instead of cluster.workers.
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
+    /// Length of the run in steps, instead of recipe.steps.
+    #[arg(long, value_name = "N")]
+    steps: Option<u32>,
+    /// Folder of the run; by default .caravan/runs/NAME.
+    #[arg(long, value_name = "DIR")]
+    run: Option<PathBuf>,
+    /// Train on these instead of data.paths: folders, text, JSONL or Parquet files.
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    data: Vec<PathBuf>,
+    /// Use this value instead of the file's; KEY is dotted, as in recipe.learning_rate=1e-3.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+/// Everything that a coordinator needs, checked and at hand.
+pub struct Job {
+    /// The run file as understood.
+    pub settings: Settings,
+    /// The run's folder, with its spec.
+    pub run: RunDir,
+    /// The log file of this process.
+    pub log: PathBuf,
+    prepared: Prepared,
+    found: Found,
+    _telemetry: Guard,
+}
+
+impl Args {
+    fn overrides(&self) -> Vec<Override> {
+        let mut all: Vec<Override> = self.set.iter().map(|s| Override::set(s)).collect();
+        if let Some(workers) = self.workers {
+            all.push(Override::new("--workers", "cluster.workers", i64::from(workers)));
+        }
+        if let Some(steps) = self.steps {
+            all.push(Override::new("--steps", "recipe.steps", i64::from(steps)));
+        }
+        if !self.data.is_empty() {
+            let paths: Vec<String> = self.data.iter().map(|p| p.to_string_lossy().into_owned()).collect();
+            all.push(Override::new("--data", "data.paths", paths));
+        }
+        all
+    }
+}
+
+impl Job {
+    /// Checks the run file, prepares the data, opens the run's folder and looks for a checkpoint
+    /// to go on from.
+    ///
+    /// # Errors
+    /// With the first of these that does not work; nothing was started then.
+    pub fn prepare(args: &Args) -> Result<Self, Box<dyn Error + Send + Sync>> {
+        let settings = config::load(&args.file, &args.overrides())?;
+        for note in &settings.notes {
+            say(&format!("note: {note}"));
+        }
+        let prepared = data(&settings)?;
+        let path = args.run.clone().unwrap_or_else(|| RunDir::default_path(&settings.name));
+        let spec = spec(&settings, prepared.spec.clone(), &path)?;
+        let run = RunDir::start(&path, &spec, &prepared.dir)?;
+        let log = run.logs().join("coordinator.log");
+        let telemetry = telemetry::init("coordinator", &LogTarget::File(log.clone()))?;
+        let found = newest_intact(&run.checkpoints())?;
+        Ok(Self { settings, run, log, prepared, found, _telemetry: telemetry })
+    }
+
+    /// The step of the checkpoint that the run goes on from.
+    #[must_use]
+    pub fn checkpoint(&self) -> Option<Step> {
+        self.found.checkpoint.as_ref().map(|c| c.manifest().step)
+    }
+
+    /// Whether all steps are done already.
+    #[must_use]
+    pub fn finished(&self) -> bool {
+        self.checkpoint().is_some_and(|step| step.0 >= self.settings.recipe.steps)
+    }
+
+    /// What the coordinator is started with.
+    ///
+    /// # Errors
+    /// Where a folder is gone meanwhile.
+    pub fn options(&mut self) -> io::Result<Options> {
+        let cluster = &self.settings.cluster;
+        Ok(Options {
+            spec: self.run.spec().clone(),
+            store: self.run.store(),
+            checkpoints: self.run.checkpoints().canonicalize()?,
+            metrics: self.run.metrics(),
+            data: self.prepared.dir.canonicalize()?,
+            tokenizer: Some(self.prepared.dir.join("tokenizer.json")).filter(|t| t.exists()),
+            listen: cluster.listen,
+            redundancy: cluster.redundancy,
+            workers: cluster.workers,
+            detect_ms: cluster.detect.as_millis() as u64,
+            checkpoint_every: cluster.checkpoint_every,
+            keep_checkpoints: cluster.keep as usize,
+            checkpoint: self.checkpoint(),
+            refused: std::mem::take(&mut self.found.refused),
+        })
+    }
+}
+
+/// The prepared data, found or made now.
+fn data(settings: &Settings) -> Result<Prepared, DataError> {
+    let prepared = prepare(&settings.data, &RunDir::data_cache(), &Preparing::new())?;
+    say(&format!("data: {} tokens, {}; {}", prepared.spec.tokens, prepared.origin, prepared.report));
+    Ok(prepared)
+}
+
+/// The run spec. A run that was started keeps its instruction family wherever it goes on.
+fn spec(settings: &Settings, data: DataSpec, path: &Path) -> Result<RunSpec, RunDirError> {
+    let family = match &settings.kernels {
+        Kernels::Named(name) => name.clone(),
+        Kernels::Auto => match RunDir::peek(path)? {
+            Some(there) => there.numerics.family,
+            None => Family::best().name().to_owned(),
+        },
+    };
+    Ok(settings.spec(data, &family))
+}
