@@ -1,3 +1,5 @@
+//! What the journal keeps, counts and writes.
+
 use super::*;
 use caravan_types::{BatchShape, DataSpec, Digest, ModelShape, NumericsClass, Precision, Recipe};
 use serde_json::Value;

@@ -118,7 +118,7 @@ version = "0.1.0"
             ("local-0.1.0", "a.rs"),
             ("other-1.0.0", "b.rs"),
         ] {
-            let src = home.join("registry/src/index.crates.io-0").join(krate).join("src");
+            let src = home.join("registry/src/some-registry-0").join(krate).join("src");
             fs::create_dir_all(&src).unwrap();
             fs::write(src.join(file), "fn main() {}").unwrap();
             fs::write(src.join("README.md"), "no Rust").unwrap();
