@@ -1,1 +1,160 @@
 //! The worker around its core: coordinator session, fabric, engine thread.
+//!
+//! The core decides; here is what it decides about. Three parts answer to one loop
+//! ([`driver`]): the session with the coordinator, the fabric between workers, and the engine
+//! on its own thread. None of them knows another, and none knows the step protocol:
+//!
+//! ```text
+//!  coordinator ── session ──┐                     ┌── engine thread: tasks, payloads, saves
+//!                           ├── driver ── core    │        │
+//!       peers ── fabric ────┘     └───────────────┘        │
+//!                   └────────────── payloads ◄─────────────┘
+//! ```
+//!
+//! There is one way to recover from anything that is not in the protocol: the process ends
+//! with a reason ([`WorkerError`], [`Exit`]), and whoever started it starts it again.
+
+mod driver;
+mod engine;
+mod error;
+mod fabric;
+mod machine;
+mod session;
+mod signals;
+mod trace;
+
+pub use error::{Exit, WorkerError};
+
+use caravan_kernels::Family;
+use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION, Welcome};
+use caravan_types::{Digest, RunSpec, SliceTable};
+use caravan_worker_core::{Config, Core};
+use driver::Driver;
+use engine::{Engine, frames_of_two_steps};
+use fabric::{Fabric, Settings};
+use session::{PATIENCE, Session};
+use signals::Signals;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::time::Instant;
+use trace::Trace;
+
+/// What a worker is started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The coordinator, as host:port.
+    pub coordinator: String,
+    /// Where to listen for other workers; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Compute threads.
+    pub threads: usize,
+    /// A name for people; host and process id where none is given.
+    pub name: Option<String>,
+}
+
+/// Works for a coordinator until it says farewell.
+///
+/// SIGTERM and SIGINT make the worker leave at the next step boundary, a second one at once.
+/// The process should end when this returns: the engine's thread may be in the middle of a
+/// task that nobody wants any more.
+///
+/// # Errors
+/// Whatever keeps a worker from working; [`Exit`] says what to do about it.
+pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
+    let mut signals = Signals::listen().map_err(WorkerError::Start)?;
+    let unheard = |source| WorkerError::Listen { address: options.listen, source };
+    let listener = TcpListener::bind(options.listen).await.map_err(unheard)?;
+    let fabric = advertised(&listener, &options.coordinator).await.map_err(unheard)?;
+    let hello = hello(&options, fabric);
+    let (session, welcome) = tokio::select! {
+        joined = Session::join(&options.coordinator, &hello, PATIENCE) => joined?,
+        () = signals.next() => return Ok(Farewell::Left),
+    };
+    let spec = &welcome.spec;
+    tracing::info!(worker = %welcome.worker, run = spec.name, fabric = %fabric, "taken on");
+    let slices = SliceTable::new(&spec.model);
+    let (engine, reports) = {
+        let frames = frames_of_two_steps(&slices, spec.batch.lanes);
+        let (fence, threads) = (Arc::default(), options.threads);
+        let build = machine::builder(&welcome, threads, Arc::clone(&fence));
+        Engine::start(build, machine::writer(&welcome), fence, frames).map_err(WorkerError::Start)?
+    };
+    let fabric = Fabric::start(listener, settings(&welcome, slices));
+    let driver = Driver {
+        core: Core::new(config(&welcome), 0),
+        trace: Trace::new(&spec.name, welcome.worker),
+        session,
+        fabric,
+        engine,
+        reports,
+        signals,
+        started: Instant::now(),
+    };
+    driver.run().await
+}
+
+fn hello(options: &Options, fabric: SocketAddr) -> Hello {
+    let host = host();
+    Hello {
+        protocol: PROTOCOL_VERSION,
+        build: env!("CARGO_PKG_VERSION").into(),
+        name: options.name.clone().unwrap_or_else(|| format!("{host}:{}", std::process::id())),
+        host,
+        fabric: fabric.to_string(),
+        families: Family::available().into_iter().map(|f| f.name().to_owned()).collect(),
+        threads: options.threads as u32,
+    }
+}
+
+fn config(welcome: &Welcome) -> Config {
+    Config {
+        worker: welcome.worker,
+        shape: welcome.spec.model.clone(),
+        lanes: welcome.spec.batch.lanes,
+        steps: welcome.spec.recipe.steps,
+        checkpoint_every: welcome.checkpoint_every,
+        detect_ms: welcome.detect_ms,
+    }
+}
+
+fn settings(welcome: &Welcome, slices: SliceTable) -> Settings {
+    Settings {
+        worker: welcome.worker,
+        run: digest(&welcome.spec),
+        slices,
+        lanes: welcome.spec.batch.lanes,
+        detect: Duration::from_millis(welcome.detect_ms),
+    }
+}
+
+/// Hash of a run spec: all workers of a run were given the same one.
+#[expect(clippy::expect_used, reason = "only maps and hand-written serialisers fail; a spec has neither")]
+fn digest(spec: &RunSpec) -> Digest {
+    let json = serde_json::to_vec(spec).expect("a run spec is plain data");
+    Digest(*blake3::hash(&json).as_bytes())
+}
+
+/// The name of this machine. Linux's own file, as there is no name in the standard library.
+fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").or_else(|_| std::env::var("HOSTNAME"));
+    name.map(|name| name.trim().to_owned()).unwrap_or_else(|_| "localhost".into())
+}
+
+/// The address under which other workers reach the listener. One that listens everywhere is
+/// reached where this machine's way to the coordinator begins.
+async fn advertised(listener: &TcpListener, coordinator: &str) -> std::io::Result<SocketAddr> {
+    let mut address = listener.local_addr()?;
+    if address.ip().is_unspecified() {
+        // Connecting a datagram socket sends nothing; it looks up the route.
+        let probe = UdpSocket::bind(SocketAddr::new(address.ip(), 0)).await?;
+        let from = match probe.connect(coordinator).await {
+            Ok(()) => probe.local_addr()?.ip(),
+            // An address that cannot be looked up is the session's to complain about.
+            Err(_) => IpAddr::from([127, 0, 0, 1]),
+        };
+        address.set_ip(from);
+    }
+    Ok(address)
+}

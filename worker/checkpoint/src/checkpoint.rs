@@ -5,7 +5,7 @@ use crate::folder::{self, Kind};
 use crate::manifest::Manifest;
 use crate::part::PartReader;
 use crate::{CheckpointError, files};
-use caravan_types::{Digest, SliceId, SliceSet, SliceTable};
+use caravan_types::{Digest, SliceId, SliceSet, SliceTable, Step};
 use std::path::{Path, PathBuf};
 
 /// A complete checkpoint whose files were found as they were written.
@@ -54,6 +54,14 @@ pub fn newest_intact(root: &Path) -> Result<Found, CheckpointError> {
 }
 
 impl Checkpoint {
+    /// Opens the complete checkpoint of a step.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn of_step(root: &Path, step: Step) -> Result<Self, CheckpointError> {
+        Self::open(&root.join(folder::complete_name(step)))
+    }
+
     /// Opens the checkpoint in a folder and verifies all of it: reads every file once.
     ///
     /// # Errors

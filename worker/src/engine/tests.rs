@@ -1,0 +1,187 @@
+//! The engine's thread does tasks in order, and says when they are done.
+
+use super::*;
+use crate::fabric::test_link;
+use caravan_types::task::SavedPart;
+use caravan_types::{Digest, SliceId, SliceSet, Step};
+use std::collections::BTreeMap;
+use std::sync::mpsc as std_mpsc;
+
+/// Stores payloads, and adds 1 to all of them at each `Apply`.
+#[derive(Default)]
+struct Fake {
+    stored: BTreeMap<Key, Vec<f32>>,
+    /// `Compute` waits for a word from here, where there is a way to say one.
+    gate: Option<std_mpsc::Receiver<()>>,
+    saver: Option<Saver>,
+}
+
+impl Machine for Fake {
+    fn run(&mut self, task: Task) -> Result<Option<Done>, Fault> {
+        match task {
+            Task::Compute { generation, step, .. } => {
+                self.gate.as_ref().map_or(Ok(()), |gate| gate.recv())?;
+                Ok(Some(Done::Computed { generation, step, losses: Vec::new() }))
+            }
+            Task::Apply { .. } => {
+                self.stored.values_mut().flatten().for_each(|v| *v += 1.0);
+                Ok(None)
+            }
+            Task::Save { generation, step, .. } => {
+                Ok(self.saver.as_ref().and_then(|saver| saver.save(generation, step, Vec::new())))
+            }
+            Task::Drop(_) => panic!("as a test wants it"),
+            other => Err(format!("no {other:?}").into()),
+        }
+    }
+
+    fn put(&mut self, key: Key, payload: Vec<f32>) -> Result<(), Fault> {
+        self.stored.insert(key, payload);
+        Ok(())
+    }
+
+    fn get(&mut self, key: Key) -> Result<Vec<f32>, Fault> {
+        self.stored.get(&key).cloned().ok_or_else(|| format!("nothing under {key:?}").into())
+    }
+}
+
+fn state(slice: u32) -> Key {
+    Key::State { step: Step(1), slice: SliceId(slice) }
+}
+
+fn compute(generation: u64) -> Task {
+    Task::Compute { generation: Generation(generation), step: Step(1), lanes: 0..1 }
+}
+
+fn apply() -> Task {
+    Task::Apply { step: Step(1), norm: 1.0, slices: SliceSet::all(1) }
+}
+
+fn save(step: u64) -> Task {
+    Task::Save { generation: Generation(1), step: Step(step), slices: SliceSet::default() }
+}
+
+fn part(file: &str) -> SavedPart {
+    SavedPart { file: file.into(), bytes: 0, digest: Digest::default(), slices: Vec::new() }
+}
+
+fn no_save() -> Save {
+    Box::new(|_, _, _| Err("this test saves nothing".into()))
+}
+
+fn start(machine: Fake, save: Save) -> (Engine, mpsc::Receiver<Report>) {
+    let build = move |saver| Ok(Fake { saver: Some(saver), ..machine });
+    Engine::start(build, save, Arc::default(), 1).unwrap()
+}
+
+fn failure(reports: &mut mpsc::Receiver<Report>) -> String {
+    match reports.blocking_recv() {
+        Some(Report::Failed { doing, fault }) => format!("{doing}: {fault}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_payload_that_is_sent_has_seen_the_tasks_before_it_and_none_after_it() {
+    let (engine, _reports) = start(Fake::default(), no_save());
+    let (link, mut sent) = test_link(Generation(1), 8);
+    engine.put(Span::none(), state(0), vec![1.0, 2.0]).unwrap();
+    engine.run(Span::none(), apply()).unwrap();
+    engine.send(Span::none(), state(0), link.clone()).unwrap();
+    engine.run(Span::none(), apply()).unwrap();
+    engine.send(Span::none(), state(0), link).unwrap();
+    assert_eq!(sent.blocking_recv(), Some((PeerMessage::Data(state(0)), vec![2.0, 3.0])));
+    assert_eq!(sent.blocking_recv(), Some((PeerMessage::Data(state(0)), vec![3.0, 4.0])));
+    assert_eq!(sent.blocking_recv(), None, "the job's link is dropped with the job");
+}
+
+#[test]
+fn what_a_fenced_generation_wanted_to_send_is_not_looked_for() {
+    let (engine, mut reports) = start(Fake::default(), no_save());
+    let (old, mut nothing) = test_link(Generation(1), 8);
+    engine.fence(Generation(2));
+    engine.send(Span::none(), state(0), old).unwrap();
+    engine.run(Span::none(), compute(2)).unwrap();
+    assert!(matches!(reports.blocking_recv(), Some(Report::Done(Done::Computed { .. }))));
+    assert_eq!(nothing.blocking_recv(), None);
+
+    let (new, _sent) = test_link(Generation(2), 8);
+    engine.send(Span::none(), state(0), new).unwrap();
+    assert!(failure(&mut reports).contains("nothing under State"));
+}
+
+#[test]
+fn an_engine_that_cannot_start_or_go_on_or_panics_says_so_once_and_ends() {
+    let build = |_| Err::<Fake, _>("the data is gone".into());
+    let (_engine, mut reports) = Engine::start(build, no_save(), Arc::default(), 1).unwrap();
+    assert_eq!(failure(&mut reports), "starting the engine: the data is gone");
+
+    let (engine, mut reports) = start(Fake::default(), no_save());
+    engine.run(Span::none(), Task::Reset).unwrap();
+    assert_eq!(failure(&mut reports), "Reset: no Reset");
+    engine.run(Span::none(), Task::Reset).unwrap();
+
+    let (engine, mut reports) = start(Fake::default(), no_save());
+    engine.run(Span::none(), Task::Drop(SliceSet::default())).unwrap();
+    assert!(failure(&mut reports).contains("panicked"));
+}
+
+#[test]
+fn a_checkpoint_is_written_beside_the_steps_and_a_slow_disk_holds_at_most_two() {
+    let (go, gate) = std_mpsc::channel::<()>();
+    let mut count = 0;
+    let slow: Save = Box::new(move |_, _, _| {
+        gate.recv()?;
+        count += 1;
+        Ok(part(&format!("part {count}")))
+    });
+    let (engine, mut reports) = start(Fake::default(), slow);
+    let saved = |reports: &mut mpsc::Receiver<Report>| match reports.blocking_recv() {
+        Some(Report::Done(Done::Saved { step, part, .. })) => (step.0, part.map(|p| p.file)),
+        other => panic!("{other:?}"),
+    };
+    // The first is being written or about to be; one more fits the queue in any case, and of
+    // three more at most one does.
+    for step in 1..=4 {
+        engine.run(Span::none(), save(step)).unwrap();
+    }
+    engine.run(Span::none(), compute(1)).unwrap();
+    let mut refused = 0;
+    loop {
+        match reports.blocking_recv() {
+            Some(Report::Done(Done::Saved { part: Err(reason), .. })) => {
+                assert!(reason.contains("still being written"), "{reason}");
+                refused += 1;
+            }
+            Some(Report::Done(Done::Computed { .. })) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!((2..=3).contains(&refused), "{refused}");
+    for n in 1..=4 - refused {
+        go.send(()).unwrap();
+        assert_eq!(saved(&mut reports).1, Ok(format!("part {n}")));
+    }
+}
+
+#[test]
+fn a_part_that_cannot_be_written_is_an_answer_and_no_failure() {
+    let (engine, mut reports) = start(Fake::default(), Box::new(|_, _, _| Err("disk full".into())));
+    engine.run(Span::none(), save(3)).unwrap();
+    match reports.blocking_recv() {
+        Some(Report::Done(Done::Saved { step: Step(3), part: Err(reason), .. })) => {
+            assert_eq!(reason, "disk full");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_full_queue_is_an_error_and_not_a_wait() {
+    let (go, gate) = std_mpsc::channel();
+    let (engine, _reports) = start(Fake { gate: Some(gate), ..Fake::default() }, no_save());
+    let queued = (0..=MOST_PEERS + 1).map(|_| engine.run(Span::none(), compute(1)));
+    let full = queued.filter(|queued| *queued == Err(Overrun { capacity: MOST_PEERS })).count();
+    assert!((1..=2).contains(&full), "{full}");
+    drop(go);
+}
