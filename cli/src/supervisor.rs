@@ -110,10 +110,11 @@ async fn keep(worker: Worker, slot: u32, notices: mpsc::Sender<Notice>, mut stop
     while !*stop.borrow() {
         let log = worker.logs.join(format!("worker-{slot}.log"));
         let born = Instant::now();
-        let (ended, again) = match spawn(&worker, slot, &log) {
+        let outcome = match spawn(&worker, slot, &log) {
             Ok(mut child) => outcome(child.wait().await),
-            Err(e) => (format!("could not be started: {e}"), true),
+            Err(e) => Some((format!("could not be started: {e}"), true)),
         };
+        let Some((ended, again)) = outcome else { return };
         if *stop.borrow() {
             return;
         }
@@ -151,14 +152,16 @@ fn spawn(worker: &Worker, slot: u32, log: &Path) -> io::Result<Child> {
         .spawn()
 }
 
-/// How a process ended, and whether it helps to start it again.
-fn outcome(status: io::Result<ExitStatus>) -> (String, bool) {
+/// How a process ended, and whether it helps to start it again; nothing where it did what it
+/// was told.
+fn outcome(status: io::Result<ExitStatus>) -> Option<(String, bool)> {
     match status {
-        Err(e) => (format!("could not be waited for: {e}"), false),
+        Err(e) => Some((format!("could not be waited for: {e}"), false)),
+        Ok(status) if status.code() == Some(Exit::Good as i32) => None,
         Ok(status) => {
-            let code = status.code();
-            let hopeless = [Exit::Good, Exit::Usage, Exit::Refused, Exit::RunFailed].map(|e| e as i32);
-            (format!("ended ({status})"), !code.is_some_and(|c| hopeless.contains(&c)))
+            let hopeless = [Exit::Usage, Exit::Refused, Exit::RunFailed].map(|e| e as i32);
+            let again = !status.code().is_some_and(|c| hopeless.contains(&c));
+            Some((format!("ended ({status})"), again))
         }
     }
 }

@@ -3,9 +3,9 @@
 //! Tasks, received payloads and payloads to send go through one queue, so whatever is sent
 //! has seen the effect of every earlier task. Three rules keep the thread free of deadlock:
 //! the driver never waits for this queue (a full one is an error, see [`Overrun`]); a
-//! payload is handed to a [`Link`] without waiting; and the only wait of this thread is for
-//! the driver to take a [`Report`], which it always does. Checkpoints are copied here and
-//! written by a second thread ([`Saver`]), since a disk may take longer than a step.
+//! payload is handed to a [`Link`] without waiting; and this thread waits only for the driver
+//! to take a [`Report`], which it always does, and for the disk. Checkpoints are copied here
+//! and written by a second thread ([`Saver`]), since a disk may take longer than a step.
 
 mod saver;
 

@@ -122,7 +122,7 @@ pub async fn watch(
                     view.say(&format!("worker-{slot} is not started again: {reason}"));
                     given_up = format!("worker-{slot} {reason}");
                 }
-                None if asked => supervisor = None,
+                None if given_up.is_empty() => supervisor = None,
                 None => break Err(TrainError::NoWorkers(given_up).into()),
             },
             Some(()) = signals.recv() => {
