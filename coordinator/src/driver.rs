@@ -138,11 +138,15 @@ impl<S: Store> Driver<S> {
             if let Some(session) = self.slow.pop() {
                 // The session's own end comes later and is then that of nobody.
                 if self.links.remove(&session).is_some() {
-                    tracing::warn!(session = session.0, "cut a worker's session: it does not read what it is told");
+                    tracing::warn!(
+                        session = session.0,
+                        "cut a worker's session: it does not read what it is told"
+                    );
                     return Ok(Input::Closed { session });
                 }
             }
-            let deadline = self.parts.core.next_deadline().map(|ms| self.parts.origin + Duration::from_millis(ms));
+            let deadline =
+                self.parts.core.next_deadline().map(|ms| self.parts.origin + Duration::from_millis(ms));
             let show = self.shown.at + VIEW_EVERY;
             tokio::select! {
                 request = self.mailbox.recv() => {
@@ -296,3 +300,6 @@ impl<S: Store> Driver<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,9 @@ pub enum CoordinatorError {
         address: SocketAddr,
     },
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {source}. It must be an address of this machine; 127.0.0.1 always is one")]
+    #[error(
+        "cannot listen on {address}: {source}. It must be an address of this machine; 127.0.0.1 always is one"
+    )]
     Listen {
         /// The address.
         address: SocketAddr,
@@ -40,7 +42,9 @@ pub enum CoordinatorError {
     #[error("{0}")]
     Settings(#[from] BadSetting),
     /// Nobody is left who could ask it for anything.
-    #[error("the coordinator was shut down before the run was over; the same command goes on from its last checkpoint")]
+    #[error(
+        "the coordinator was shut down before the run was over; the same command goes on from its last checkpoint"
+    )]
     Abandoned,
 }
 
@@ -48,7 +52,9 @@ pub enum CoordinatorError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadSetting {
     /// No failure budget.
-    #[error("detect must be at least 100 ms, not {0} ms: a shorter one calls workers dead that are only busy")]
+    #[error(
+        "detect must be at least 100 ms, not {0} ms: a shorter one calls workers dead that are only busy"
+    )]
     Detect(u64),
     /// Nobody owns anything.
     #[error("redundancy must be at least 1: every slice needs an owner")]

@@ -3,9 +3,9 @@
 use crate::CoordinatorError;
 use crate::driver::Request;
 use crate::journal::{JournalHandle, Update};
+use caravan_types::Step;
 use caravan_types::message::Farewell;
 use caravan_types::status::{LoggedEvent, Phase, Snapshot, StepMetrics};
-use caravan_types::Step;
 use std::sync::Arc;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -48,11 +48,9 @@ impl Handle {
     /// once with where the run is then; harmless when repeated or too late.
     pub async fn drain(&self) -> Phase {
         let (reply, answer) = oneshot::channel();
-        let sent = self.requests.send(Request::Drain { reply }).await;
-        match (sent, answer.await) {
-            (Ok(()), Ok(phase)) => phase,
-            _ => self.snapshot().phase,
-        }
+        // What could not be sent is dropped here, and the answer with it.
+        let _sent = self.requests.send(Request::Drain { reply }).await.is_ok();
+        answer.await.unwrap_or_else(|_| self.snapshot().phase)
     }
 
     /// Waits for the end of the run: everybody has been told, and everything is written down.

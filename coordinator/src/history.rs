@@ -168,7 +168,13 @@ pub(crate) mod tests {
         for _ in 0..MAX_EVENTS + 10 {
             let number = history.next_event();
             let event = Event::Draining;
-            history.add_event(LoggedEvent { number, unix_ms: 0, step: Step(0), text: event.to_string(), event });
+            history.add_event(LoggedEvent {
+                number,
+                unix_ms: 0,
+                step: Step(0),
+                text: event.to_string(),
+                event,
+            });
         }
         let events = history.events_from(0);
         assert_eq!((events.len(), events[0].number), (MAX_EVENTS, 10));

@@ -95,7 +95,11 @@ async fn scrape(State(handle): State<Handle>) -> Response {
 }
 
 async fn health(State(handle): State<Handle>) -> (StatusCode, &'static str) {
-    if handle.alive() { (StatusCode::OK, "ok\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "the run is over\n") }
+    if handle.alive() {
+        (StatusCode::OK, "ok\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "the run is over\n")
+    }
 }
 
 async fn live(State(handle): State<Handle>) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {

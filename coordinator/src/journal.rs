@@ -244,8 +244,7 @@ impl Journal {
         let View { phase, generation, step, checkpoint, workers } = view;
         let (run, steps) = (self.spec.name.clone(), self.spec.recipe.steps);
         let ended = matches!(phase, Phase::Drained | Phase::Finished | Phase::Failed);
-        let eta_seconds =
-            if ended { None } else { self.history.seconds_for(steps.saturating_sub(step.0)) };
+        let eta_seconds = if ended { None } else { self.history.seconds_for(steps.saturating_sub(step.0)) };
         let last = self.history.last();
         let snapshot =
             Snapshot { run, phase, generation, step, steps, last, eta_seconds, checkpoint, workers };
@@ -287,4 +286,4 @@ fn unix_ms() -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -128,7 +128,8 @@ async fn from_this_machine(request: Request, next: Next) -> Response {
     match host {
         Some(host) if is_this_machine(host.host()) => next.run(request).await,
         Some(host) => {
-            let text = format!("this coordinator is asked for as localhost or by address, not as {}\n", host.host());
+            let text =
+                format!("this coordinator is asked for as localhost or by address, not as {}\n", host.host());
             (StatusCode::MISDIRECTED_REQUEST, text).into_response()
         }
         None => (StatusCode::BAD_REQUEST, "a Host header is missing\n").into_response(),

@@ -21,7 +21,8 @@ impl Trace {
     pub(crate) fn new(spec: &RunSpec) -> Self {
         let parameters = spec.model.parameters();
         let (name, steps, class) = (spec.name.as_str(), spec.recipe.steps, &spec.numerics);
-        let run = info_span!(parent: None, "run", name, parameters, steps, numerics = %class, seed = spec.seed);
+        let run =
+            info_span!(parent: None, "run", name, parameters, steps, numerics = %class, seed = spec.seed);
         Self { run, generation: Span::none(), step: Span::none() }
     }
 

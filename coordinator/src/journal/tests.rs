@@ -42,7 +42,10 @@ async fn commits_and_events_are_in_the_file_the_history_and_the_feed() {
 
     let steps = journal.steps(Step(0)).await;
     assert_eq!(steps.len(), 2);
-    assert_eq!(steps[0].tokens_per_second, 2048.0, "1,024 tokens in the half second that the member measured");
+    assert_eq!(
+        steps[0].tokens_per_second, 2048.0,
+        "1,024 tokens in the half second that the member measured"
+    );
     assert_eq!(steps[1].tokens_per_second, 4096.0, "a quarter second between the commits");
     assert_eq!(steps[1].learning_rate, spec().recipe.learning_rate_at(Step(2)));
     assert_eq!(journal.events(0).await.len(), 1);

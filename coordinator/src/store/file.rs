@@ -236,7 +236,9 @@ mod tests {
             let error = FileStore::open(dir.path()).unwrap_err();
             let line_start = whole[..at].iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1) as u64;
             match &error {
-                StoreError::Damaged { offset, .. } => assert_eq!(*offset, line_start, "flip at {at}: {error}"),
+                StoreError::Damaged { offset, .. } => {
+                    assert_eq!(*offset, line_start, "flip at {at}: {error}")
+                }
                 other => panic!("flip at {at}: {other}"),
             }
             assert_eq!(fs::read(&path).unwrap(), bytes, "a refused store is left as it was");
