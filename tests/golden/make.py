@@ -147,7 +147,7 @@ def main():
     save_file(tensors, HERE / "golden.safetensors")
     golden = dict(made_with=f"torch {torch.__version__}", shape=SHAPE, recipe=RECIPE, sequences=SEQUENCES,
                   length=LENGTH, steps=steps)
-    (HERE / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+    (HERE / "golden.json").write_text(json.dumps(golden) + "\n")
 
 
 main()

@@ -1,0 +1,133 @@
+//! Tokens per second of whole training steps: compute, reduce, apply, on one device.
+//!
+//! usage: bench PRESET [--batch SEQUENCES] [--threads N] [--steps N] [--family NAME]
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+use caravan_engine::{Batches, Checkpoints, Executor};
+use caravan_kernels::Family;
+use caravan_types::task::{Done, Task};
+use caravan_types::{
+    BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, ModelShape, NumericsClass, Part, Precision,
+    Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step,
+};
+use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Instant;
+
+/// Random tokens, one document a sequence, everything counted.
+struct Random {
+    sequences: usize,
+    length: usize,
+    vocab: u32,
+}
+
+impl Batches for Random {
+    fn micro_batch(&mut self, step: Step, _: Lane, _: u32) -> Result<MicroBatch, String> {
+        let n = self.sequences * self.length;
+        let token = |i: usize| (i as u64 + step.0).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        let tokens: Vec<u32> = (0..=n).map(|i| (token(i) % u64::from(self.vocab)) as u32).collect();
+        Ok(MicroBatch {
+            sequences: self.sequences,
+            length: self.length,
+            targets: tokens[1..].to_vec(),
+            tokens: tokens[..n].to_vec(),
+            counted: vec![true; n],
+            document_start: vec![0; n],
+        })
+    }
+
+    fn counted_tokens(&mut self, _: Step) -> Result<u64, String> {
+        Ok((self.sequences * self.length) as u64)
+    }
+}
+
+/// Nothing is saved here.
+struct Nowhere;
+
+impl Checkpoints for Nowhere {
+    fn save(&mut self, _: Generation, _: Step, _: Vec<(SliceId, Vec<f32>)>) -> Option<Done> {
+        None
+    }
+
+    fn load(&mut self, _: Step, _: &SliceSet) -> Result<Vec<(SliceId, Vec<f32>)>, String> {
+        Err("a benchmark has no checkpoints".into())
+    }
+}
+
+fn option(name: &str) -> Option<String> {
+    let mut args = std::env::args().skip_while(|a| a != name);
+    args.nth(1)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let preset = std::env::args().nth(1).unwrap_or_else(|| "15m".into());
+    let model = ModelShape::preset(&preset).ok_or_else(|| format!("no preset {preset:?}"))?;
+    let number = |name: &str, default: usize| option(name).map_or(Ok(default), |v| v.parse());
+    let (sequences, threads) = (number("--batch", 16)?, number("--threads", 2)?);
+    let steps = number("--steps", 6)? as u64;
+    let length = number("--length", model.context as usize)?;
+    let family = option("--family").unwrap_or_else(|| Family::best().name().into());
+    let spec = RunSpec {
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
+        name: "bench".into(),
+        data: DataSpec { digest: Digest::default(), tokens: 0 },
+        batch: BatchShape {
+            lanes: 1,
+            micro_batches: 1,
+            sequences: sequences as u32,
+            sequence_length: length as u32,
+        },
+        recipe: Recipe { learning_rate: 5e-4, warmup_steps: 0, ..Recipe::default() },
+        seed: 0,
+        numerics: NumericsClass { precision: Precision::Fp32, family: family.clone() },
+        model: model.clone(),
+    };
+    let source = Random { sequences, length, vocab: model.vocab };
+    let mut engine = Executor::new(&spec, threads, Arc::new(AtomicU64::new(0)), source, Nowhere)?;
+    let slices = SliceSet::all(SliceTable::new(&model).len());
+    let start = Instant::now();
+    engine.run(Task::Init { slices: slices.clone(), part: Part::State })?;
+    let init = start.elapsed();
+    let mut times = Vec::new();
+    let (mut loss, mut parts) = (0.0, [0.0; 3]);
+    for step in (1..=steps + 2).map(Step) {
+        let start = Instant::now();
+        let done = engine.run(Task::Compute { generation: Generation(1), step, lanes: 0..1 })?;
+        let computed = start.elapsed();
+        if let Some(Done::Computed { losses, .. }) = done {
+            loss = losses.iter().map(|(_, loss)| loss).sum();
+        }
+        let mut norm = 0.0;
+        for slice in slices.iter() {
+            let done = engine.run(Task::Reduce { generation: Generation(1), step, slice })?;
+            if let Some(Done::Reduced { norms, .. }) = done {
+                norm += norms.iter().sum::<f64>();
+            }
+        }
+        let reduced = start.elapsed();
+        engine.run(Task::Apply { step, norm: norm.sqrt(), slices: slices.clone() })?;
+        let total = start.elapsed();
+        if step.0 > 2 {
+            times.push(total.as_secs_f64());
+            parts = [computed, reduced - computed, total - reduced].map(|d| d.as_secs_f64() * 1e3);
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    let (median, tokens) = (times[times.len() / 2], (sequences * length) as f64);
+    let flops = model.train_flops_per_token(length as u32) * tokens;
+    println!(
+        "caravan {preset} fp32/{family} threads={threads} batch={sequences}x{length} params={:.1}M loss={loss:.4} \
+         step={:.0}ms tok/s={:.0} GFLOP/s={:.0} (compute {:.0} reduce {:.0} apply {:.0} ms; init {:.0} ms)",
+        model.parameters() as f64 / 1e6,
+        median * 1e3,
+        tokens / median,
+        flops / median / 1e9,
+        parts[0],
+        parts[1],
+        parts[2],
+        init.as_secs_f64() * 1e3,
+    );
+    Ok(())
+}

@@ -1,0 +1,425 @@
+//! Tasks in, bits out: whoever computes which lanes and owns which slices.
+
+mod common;
+
+use caravan_engine::{Checkpoints, EngineError, Executor};
+use caravan_kernels::Family;
+use caravan_types::lanes::cover;
+use caravan_types::peer::Key;
+use caravan_types::task::{Done, Task};
+use caravan_types::{Generation, Lane, Node, Part, RunSpec, SliceId, SliceSet, SliceTable, Step};
+use common::{Memory, NoCheckpoints, spec, tiny};
+use proptest::prelude::*;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+type Engine = Executor<Memory, NoCheckpoints>;
+const G: Generation = Generation(3);
+
+fn run_spec() -> RunSpec {
+    spec(&tiny(), Family::best().name())
+}
+
+fn engine(run: &RunSpec, threads: usize) -> Engine {
+    Executor::new(run, threads, Arc::new(AtomicU64::new(G.0)), Memory::of(run), NoCheckpoints).unwrap()
+}
+
+/// One executor with all training state at step 0.
+fn whole(run: &RunSpec) -> (Engine, SliceSet) {
+    let mut engine = engine(run, 1);
+    let slices = SliceSet::all(SliceTable::new(&run.model).len());
+    engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
+    (engine, slices)
+}
+
+fn reduce(engine: &mut Engine, step: Step, slice: SliceId) -> Vec<f64> {
+    match engine.run(Task::Reduce { generation: G, step, slice }).unwrap() {
+        Some(Done::Reduced { norms, .. }) => norms,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn compute(engine: &mut Engine, step: Step, lanes: Range<Lane>) -> Vec<(Lane, f64)> {
+    match engine.run(Task::Compute { generation: G, step, lanes }).unwrap() {
+        Some(Done::Computed { losses, .. }) => losses,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A whole step on one executor.
+fn step_alone(engine: &mut Engine, step: Step, slices: &SliceSet, lanes: u32) {
+    compute(engine, step, 0..lanes);
+    let square: f64 = slices.iter().flat_map(|s| reduce(engine, step, s)).sum();
+    engine.run(Task::Apply { step, norm: square.sqrt(), slices: slices.clone() }).unwrap();
+}
+
+/// Trains on several executors, of which each computes one range of lanes and each slice has
+/// `redundancy` owners, and returns the weights that all of them have in the end.
+fn train(run: &RunSpec, parts: &[Range<Lane>], redundancy: usize, steps: u64) -> (Vec<f32>, Vec<f64>) {
+    let table = SliceTable::new(&run.model);
+    let all = SliceSet::all(table.len());
+    let n = parts.len();
+    let owners = |slice: SliceId| (0..redundancy.min(n)).map(move |r| (slice.0 as usize + r) % n);
+    let owned =
+        |worker: usize| -> SliceSet { all.iter().filter(|s| owners(*s).any(|o| o == worker)).collect() };
+    let mut engines: Vec<_> = (0..n).map(|i| engine(run, 1 + i % 2)).collect();
+    for (i, engine) in engines.iter_mut().enumerate() {
+        engine.run(Task::Init { slices: all.clone(), part: Part::Weights }).unwrap();
+        engine.run(Task::Init { slices: owned(i), part: Part::State }).unwrap();
+    }
+    let mut history = Vec::new();
+    for step in (1..=steps).map(Step) {
+        let mut losses = Vec::new();
+        for (engine, lanes) in engines.iter_mut().zip(parts) {
+            losses.extend(compute(engine, step, lanes.clone()));
+        }
+        let mut square = 0.0;
+        for slice in all.iter() {
+            let mut votes = Vec::new();
+            for owner in owners(slice) {
+                for (from, lanes) in parts.iter().enumerate().filter(|(from, _)| *from != owner) {
+                    for node in cover(lanes.clone()) {
+                        let key = Key::Partial { step, slice, node };
+                        let sum = engines[from].get(key).unwrap();
+                        engines[owner].put(key, sum).unwrap();
+                    }
+                }
+                votes.push(reduce(&mut engines[owner], step, slice));
+            }
+            assert!(votes.iter().all(|v| *v == votes[0]), "owners of slice {slice} disagree");
+            square += votes[0].iter().sum::<f64>();
+        }
+        for (i, engine) in engines.iter_mut().enumerate() {
+            engine.run(Task::Apply { step, norm: square.sqrt(), slices: owned(i) }).unwrap();
+        }
+        for slice in all.iter() {
+            let key = Key::Weights { step, slice };
+            let weights = engines[owners(slice).next().unwrap()].get(key).unwrap();
+            for (_, engine) in engines.iter_mut().enumerate().filter(|(i, _)| !owned(*i).contains(slice)) {
+                engine.put(key, weights.clone()).unwrap();
+                engine.run(Task::Install(key)).unwrap();
+            }
+        }
+        history.push(losses.iter().map(|(_, loss)| loss).sum());
+    }
+    let weights = engines[0].weights(Step(steps)).unwrap().to_vec();
+    assert!(engines.iter().all(|e| e.weights(Step(steps)).unwrap() == weights));
+    (weights, history)
+}
+
+#[test]
+fn training_lowers_the_loss() {
+    let mut run = run_spec();
+    // The same batch every step.
+    run.recipe.learning_rate = 0.02;
+    let mut source = Memory::of(&run);
+    let memory = Memory(
+        Box::new(move |_, lane, index| (source.0)(Step(1), lane, index)),
+        run.batch.lanes,
+        run.batch.micro_batches,
+    );
+    let mut engine = Executor::new(&run, 2, Default::default(), memory, NoCheckpoints).unwrap();
+    let slices = SliceSet::all(SliceTable::new(&run.model).len());
+    engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
+    let mut losses = Vec::new();
+    for step in (1..=30).map(Step) {
+        let done = engine.run(Task::Compute { generation: G, step, lanes: 0..8 }).unwrap();
+        let Some(Done::Computed { losses: lanes, .. }) = done else { panic!("{done:?}") };
+        losses.push(lanes.iter().map(|(_, loss)| loss).sum::<f64>());
+        let mut square = 0.0;
+        for slice in slices.iter() {
+            let done = engine.run(Task::Reduce { generation: G, step, slice }).unwrap();
+            let Some(Done::Reduced { norms, .. }) = done else { panic!("{done:?}") };
+            square += norms.iter().sum::<f64>();
+        }
+        engine.run(Task::Apply { step, norm: square.sqrt(), slices: slices.clone() }).unwrap();
+    }
+    // 37 tokens: ln 37 = 3.61 at first.
+    assert!((losses[0] - 3.61).abs() < 0.1 && losses[29] < 3.0, "{losses:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn whoever_computes_which_lanes_the_weights_have_the_same_bits(
+        cuts in proptest::collection::btree_set(1u32..8, 0..5),
+        redundancy in 1usize..4,
+    ) {
+        let run = run_spec();
+        let mut borders: Vec<u32> = vec![0];
+        borders.extend(cuts);
+        borders.push(8);
+        let parts: Vec<_> = borders.windows(2).map(|w| w[0]..w[1]).collect();
+        let (alone, alone_losses) = train(&run, std::slice::from_ref(&(0..8)), 1, 2);
+        let (together, losses) = train(&run, &parts, redundancy, 2);
+        prop_assert!(alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits()));
+        prop_assert_eq!(alone_losses, losses);
+    }
+}
+
+#[test]
+fn a_fence_above_the_generation_stops_computing_and_nothing_stays() {
+    let run = run_spec();
+    let fence = Arc::new(AtomicU64::new(0));
+    let mut source = Memory::of(&run);
+    let raise = fence.clone();
+    let at = Rc::new(RefCell::new(Some((5, 1))));
+    let once = at.clone();
+    let make = move |step, lane, index| {
+        if *once.borrow() == Some((lane, index)) && step == Step(1) {
+            raise.store(G.0 + 1, Ordering::Release);
+        }
+        (source.0)(step, lane, index)
+    };
+    let memory = Memory(Box::new(make), run.batch.lanes, run.batch.micro_batches);
+    let mut engine = Executor::new(&run, 1, fence.clone(), memory, NoCheckpoints).unwrap();
+    let slices = SliceSet::all(SliceTable::new(&run.model).len());
+    engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
+    // Counting tokens makes all batches once; only then does the trap count.
+    let trap = at.borrow_mut().take();
+    let done = engine.run(Task::Compute { generation: G, step: Step(1), lanes: 0..8 }).unwrap();
+    assert!(done.is_some());
+    *at.borrow_mut() = trap;
+    let done = engine.run(Task::Compute { generation: G, step: Step(1), lanes: 0..8 }).unwrap();
+    assert_eq!(done, None);
+    for node in [Node::root(8), Node { level: 2, index: 0 }, Node::leaf(4)] {
+        let key = Key::Partial { step: Step(1), slice: SliceId(0), node };
+        assert!(matches!(engine.get(key), Err(EngineError::Missing(k)) if k == key));
+    }
+    assert_eq!(engine.run(Task::Reduce { generation: G, step: Step(1), slice: SliceId(0) }).unwrap(), None);
+    // The next generation does the step again, with the bits of one that was never stopped.
+    *at.borrow_mut() = None;
+    engine.run(Task::Reset).unwrap();
+    let next = G.next();
+    engine.run(Task::Compute { generation: next, step: Step(1), lanes: 0..8 }).unwrap().unwrap();
+    let (mut quiet, _) = whole(&run);
+    compute(&mut quiet, Step(1), 0..8);
+    for slice in slices.iter() {
+        let key = Key::Partial { step: Step(1), slice, node: Node::root(8) };
+        assert_eq!(engine.get(key).unwrap(), quiet.get(key).unwrap());
+    }
+}
+
+#[test]
+fn reset_forgets_gradients_and_payloads_but_no_state() {
+    let run = run_spec();
+    let (mut engine, slices) = whole(&run);
+    compute(&mut engine, Step(1), 0..8);
+    reduce(&mut engine, Step(1), SliceId(0));
+    let weights = Key::Weights { step: Step(1), slice: SliceId(0) };
+    engine.put(weights, vec![0.0; engine_len(&run, SliceId(0))]).unwrap();
+    engine.run(Task::Reset).unwrap();
+    let apply = Task::Apply { step: Step(1), norm: 1.0, slices: slices.clone() };
+    assert!(matches!(engine.run(apply), Err(EngineError::NotReduced { .. })));
+    assert!(matches!(engine.run(Task::Install(weights)), Err(EngineError::Missing(_))));
+    step_alone(&mut engine, Step(1), &slices, 8);
+    let (mut quiet, _) = whole(&run);
+    step_alone(&mut quiet, Step(1), &slices, 8);
+    assert_eq!(engine.weights(Step(1)).unwrap(), quiet.weights(Step(1)).unwrap());
+}
+
+fn engine_len(run: &RunSpec, id: SliceId) -> usize {
+    SliceTable::new(&run.model).get(id).unwrap().len()
+}
+
+#[test]
+fn a_sum_of_the_next_step_may_come_before_this_one_is_applied() {
+    let run = run_spec();
+    let table = SliceTable::new(&run.model);
+    let (mut ahead, slices) = whole(&run);
+    step_alone(&mut ahead, Step(1), &slices, 8);
+    compute(&mut ahead, Step(2), 4..8);
+
+    let (mut behind, _) = whole(&run);
+    compute(&mut behind, Step(1), 0..8);
+    let square: f64 = slices.iter().flat_map(|s| reduce(&mut behind, Step(1), s)).sum();
+    for (slice, _) in table.iter() {
+        let key = Key::Partial { step: Step(2), slice, node: Node { level: 2, index: 1 } };
+        behind.put(key, ahead.get(key).unwrap()).unwrap();
+    }
+    behind.run(Task::Apply { step: Step(1), norm: square.sqrt(), slices: slices.clone() }).unwrap();
+    compute(&mut behind, Step(2), 0..4);
+    let norms: Vec<f64> = slices.iter().flat_map(|s| reduce(&mut behind, Step(2), s)).collect();
+
+    let (mut alone, _) = whole(&run);
+    step_alone(&mut alone, Step(1), &slices, 8);
+    compute(&mut alone, Step(2), 0..8);
+    assert_eq!(norms, slices.iter().flat_map(|s| reduce(&mut alone, Step(2), s)).collect::<Vec<_>>());
+}
+
+#[test]
+fn state_moves_to_another_executor_and_goes_on_with_the_same_bits() {
+    let run = run_spec();
+    let (mut first, slices) = whole(&run);
+    step_alone(&mut first, Step(1), &slices, 8);
+    let mut second = engine(&run, 2);
+    for slice in slices.iter() {
+        let key = Key::State { step: Step(1), slice };
+        second.put(key, first.get(key).unwrap()).unwrap();
+        second.run(Task::Install(key)).unwrap();
+    }
+    step_alone(&mut first, Step(2), &slices, 8);
+    step_alone(&mut second, Step(2), &slices, 8);
+    assert_eq!(first.weights(Step(2)).unwrap(), second.weights(Step(2)).unwrap());
+}
+
+#[test]
+fn what_is_not_here_is_named() {
+    let run = run_spec();
+    let (mut e, slices) = whole(&run);
+    let (slice, n) = (SliceId(0), engine_len(&run, SliceId(0)));
+    compute(&mut e, Step(1), 0..6);
+    let error = e.run(Task::Reduce { generation: G, step: Step(1), slice }).unwrap_err().to_string();
+    assert!(error.contains("the gradient of lanes 6..7 is missing"), "{error}");
+
+    let partial = |node| Key::Partial { step: Step(1), slice, node };
+    let long = e.put(partial(Node::leaf(6)), vec![0.0; n + 1]).unwrap_err().to_string();
+    assert!(long.contains(&format!("{} values where the slice needs {n}", n + 1)), "{long}");
+    let outside = e.put(partial(Node::leaf(8)), vec![0.0; n]);
+    assert!(matches!(outside, Err(EngineError::UnknownNode { .. })));
+    let high = e.put(partial(Node { level: 4, index: 0 }), vec![0.0; n]);
+    assert!(matches!(high, Err(EngineError::UnknownNode { .. })));
+    let unknown = Key::Weights { step: Step(1), slice: SliceId(9999) };
+    assert!(matches!(e.put(unknown, vec![]), Err(EngineError::UnknownSlice(SliceId(9999), _))));
+    assert!(matches!(e.get(unknown), Err(EngineError::UnknownSlice(..))));
+    let state = e.put(Key::State { step: Step(0), slice }, vec![0.0; n]);
+    assert!(matches!(state, Err(EngineError::Length { expected, .. }) if expected == 3 * n));
+
+    let future = e.run(Task::Compute { generation: G, step: Step(3), lanes: 0..8 });
+    assert!(matches!(future, Err(EngineError::WeightsAt { expected: Step(2), found: Some(Step(0)), .. })));
+    let lanes = e.run(Task::Compute { generation: G, step: Step(1), lanes: 7..9 });
+    assert!(matches!(lanes, Err(EngineError::Lanes(7, 9, 8))));
+    step_alone(&mut e, Step(1), &slices, 8);
+    let again = e.run(Task::Apply { step: Step(1), norm: 1.0, slices: slices.clone() });
+    assert!(matches!(again, Err(EngineError::NotReduced { .. })));
+    e.run(Task::Drop(slices.clone())).unwrap();
+    assert!(matches!(
+        e.get(Key::State { step: Step(1), slice }),
+        Err(EngineError::StateAt { found: None, .. })
+    ));
+    assert!(e.get(Key::Weights { step: Step(1), slice }).is_ok());
+    assert!(matches!(e.get(Key::Weights { step: Step(0), slice }), Err(EngineError::WeightsAt { .. })));
+}
+
+#[test]
+fn weights_of_another_step_end_the_training_state_under_them() {
+    let run = run_spec();
+    let (mut e, _) = whole(&run);
+    let (slice, n) = (SliceId(0), engine_len(&run, SliceId(0)));
+    let same = Key::Weights { step: Step(0), slice };
+    e.put(same, vec![9.0; n]).unwrap();
+    e.run(Task::Install(same)).unwrap();
+    assert!(e.get(same).unwrap() != vec![9.0; n], "an owner's own weights are the truth");
+    assert!(e.get(Key::State { step: Step(0), slice }).is_ok());
+    let other = Key::Weights { step: Step(7), slice };
+    e.put(other, vec![9.0; n]).unwrap();
+    e.run(Task::Install(other)).unwrap();
+    assert_eq!(e.get(other).unwrap(), vec![9.0; n]);
+    assert!(matches!(e.get(Key::State { step: Step(0), slice }), Err(EngineError::StateAt { .. })));
+}
+
+#[test]
+fn a_run_that_this_machine_cannot_compute_is_refused() {
+    let refuse = |change: fn(&mut RunSpec)| {
+        let mut run = run_spec();
+        change(&mut run);
+        match Executor::new(&run, 1, Default::default(), Memory::of(&run), NoCheckpoints) {
+            Err(error) => error.to_string(),
+            Ok(_) => panic!("accepted"),
+        }
+    };
+    let family = refuse(|run| run.numerics.family = "amx-bf16".into());
+    assert!(family.contains("\"amx-bf16\"") && family.contains("portable"), "{family}");
+    assert!(refuse(|run| run.batch.lanes = 6).contains("lanes 6 is no power of two"));
+    assert!(refuse(|run| run.model.heads = 5).contains("dim 24 must be an even multiple of heads 5"));
+    assert!(refuse(|run| run.model.kv_heads = 3).contains("heads 4 must be a multiple of kv_heads 3"));
+    assert!(refuse(|run| run.model.layers = 0).contains("layers is 0"));
+}
+
+/// Checkpoints in memory; what `load` answers may be damaged.
+#[derive(Clone, Default)]
+struct Shelf(Rc<RefCell<BTreeMap<SliceId, Vec<f32>>>>);
+
+impl Checkpoints for Shelf {
+    fn save(&mut self, _: Generation, _: Step, states: Vec<(SliceId, Vec<f32>)>) -> Option<Done> {
+        self.0.borrow_mut().extend(states);
+        None
+    }
+
+    fn load(&mut self, step: Step, slices: &SliceSet) -> Result<Vec<(SliceId, Vec<f32>)>, String> {
+        if step != Step(1) {
+            return Err("there is none".into());
+        }
+        let shelf = self.0.borrow();
+        Ok(slices.iter().filter_map(|id| Some((id, shelf.get(&id)?.clone()))).collect())
+    }
+}
+
+#[test]
+fn a_checkpoint_brings_back_the_state_and_a_damaged_one_is_refused() {
+    let run = run_spec();
+    let shelf = Shelf::default();
+    let make = || Executor::new(&run, 1, Default::default(), Memory::of(&run), shelf.clone()).unwrap();
+    let (mut first, slices) = (make(), SliceSet::all(SliceTable::new(&run.model).len()));
+    let (mut plain, _) = whole(&run);
+    step_alone(&mut plain, Step(1), &slices, 8);
+    for slice in slices.iter() {
+        let key = Key::State { step: Step(1), slice };
+        first.put(key, plain.get(key).unwrap()).unwrap();
+        first.run(Task::Install(key)).unwrap();
+    }
+    let save = Task::Save { generation: G, step: Step(1), slices: slices.clone() };
+    assert_eq!(first.run(save).unwrap(), None);
+    let early = Task::Save { generation: G, step: Step(0), slices: slices.clone() };
+    assert!(matches!(first.run(early), Err(EngineError::StateAt { .. })));
+
+    let load = |step, part| Task::Load { generation: G, step, slices: slices.clone(), part };
+    let mut second = make();
+    let done = second.run(load(Step(1), Part::State)).unwrap();
+    assert_eq!(done, Some(Done::Loaded { generation: G, slices: slices.clone(), part: Part::State }));
+    for slice in slices.iter() {
+        let key = Key::State { step: Step(1), slice };
+        assert_eq!(second.get(key).unwrap(), first.get(key).unwrap());
+    }
+    let mut third = make();
+    third.run(load(Step(1), Part::Weights)).unwrap();
+    assert_eq!(third.weights(Step(1)).unwrap(), first.weights(Step(1)).unwrap());
+    assert!(third.get(Key::State { step: Step(1), slice: SliceId(0) }).is_err());
+
+    let error = make().run(load(Step(2), Part::State)).unwrap_err().to_string();
+    assert_eq!(error, "the checkpoint of step 2: there is none");
+    shelf.0.borrow_mut().get_mut(&SliceId(0)).unwrap().pop();
+    let error = make().run(load(Step(1), Part::State)).unwrap_err().to_string();
+    assert!(error.contains("slice 0 has"), "{error}");
+    shelf.0.borrow_mut().remove(&SliceId(0));
+    let error = make().run(load(Step(1), Part::State)).unwrap_err().to_string();
+    assert!(error.contains("slice 0 is not in it"), "{error}");
+}
+
+#[test]
+fn a_step_in_which_nothing_counts_has_no_loss_and_no_gradient() {
+    let run = run_spec();
+    let mut source = Memory::of(&run);
+    let make = move |step, lane, index| {
+        let mut batch = (source.0)(step, lane, index);
+        batch.counted.fill(false);
+        batch
+    };
+    let memory = Memory(Box::new(make), 8, 2);
+    let mut e = Executor::new(&run, 1, Default::default(), memory, NoCheckpoints).unwrap();
+    let slices = SliceSet::all(SliceTable::new(&run.model).len());
+    e.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
+    let done = e.run(Task::Compute { generation: G, step: Step(1), lanes: 0..8 }).unwrap();
+    let Some(Done::Computed { losses, .. }) = done else { panic!("{done:?}") };
+    assert!(losses.iter().all(|(_, loss)| *loss == 0.0));
+    for slice in slices.iter() {
+        let done = e.run(Task::Reduce { generation: G, step: Step(1), slice }).unwrap();
+        let Some(Done::Reduced { norms, .. }) = done else { panic!("{done:?}") };
+        assert!(norms.iter().all(|norm| *norm == 0.0));
+    }
+}
