@@ -194,7 +194,7 @@ class Chart {
       ctx.stroke();
       ctx.globalAlpha = 1;
       if (x - labelled >= LABEL_PX * dpr) {
-        ctx.fillText(`g${mark.generation}`, x, bbox.top - 4 * dpr);
+        ctx.fillText(`g${mark.generation}`, Math.max(x, bbox.left + 8 * dpr), bbox.top - 4 * dpr);
         labelled = x;
       }
     }

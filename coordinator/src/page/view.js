@@ -200,6 +200,13 @@ export function event(logged) {
   time.children[0].dataset.unixMs = String(logged.unix_ms);
   item.append(tag, text, time);
   const list = id("events");
+  const newest = list.firstElementChild;
+  if (logged.kind === "checkpoint_written" && newest?.dataset.kind === logged.kind) {
+    // One checkpoint after the other is one piece of news; a death must not drown in them.
+    item.dataset.earlier = String(Number(newest.dataset.earlier ?? 0) + 1);
+    text.textContent += ` (${item.dataset.earlier} more before it)`;
+    newest.remove();
+  }
   list.prepend(item);
   while (list.children.length > MOST_EVENTS) list.lastElementChild.remove();
 }
