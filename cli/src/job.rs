@@ -5,14 +5,15 @@ use crate::preparing::Preparing;
 use crate::run_dir::{RunDir, RunDirError};
 use crate::say;
 use crate::telemetry::{self, Guard, LogTarget};
-use caravan_checkpoint::{Found, newest_intact};
+use caravan_checkpoint::{Found, Refused, newest_intact};
 use caravan_coordinator::Options;
-use caravan_data::{DataError, Prepared, prepare};
+use caravan_data::{DataError, Dataset, Prepared, Sampler, prepare};
 use caravan_kernels::Family;
 use caravan_types::{DataSpec, RunSpec, Step};
 use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What `train` and `coordinator` take.
 #[derive(clap::Args)]
@@ -78,12 +79,17 @@ impl Job {
             say(&format!("note: {note}"));
         }
         let prepared = data(&settings)?;
+        // What a worker would stumble over is better said before anything is started.
+        Sampler::new(Arc::new(Dataset::open(&prepared.dir)?), settings.seed, settings.batch)?;
         let path = args.run.clone().unwrap_or_else(|| RunDir::default_path(&settings.name));
         let spec = spec(&settings, prepared.spec.clone(), &path)?;
         let run = RunDir::start(&path, &spec, &prepared.dir)?;
         let log = run.logs().join("coordinator.log");
         let telemetry = telemetry::init("coordinator", &LogTarget::File(log.clone()))?;
         let found = newest_intact(&run.checkpoints())?;
+        for Refused { name, reason } in &found.refused {
+            say(&format!("checkpoint {name} is damaged and was passed over: {reason}"));
+        }
         Ok(Self { settings, run, log, prepared, found, _telemetry: telemetry })
     }
 
