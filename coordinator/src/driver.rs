@@ -82,6 +82,8 @@ pub(crate) struct Driver<S> {
     saving: JoinSet<Input>,
     trace: Trace,
     shown: Shown,
+    /// Whether the store failed.
+    broken: bool,
 }
 
 /// What viewers were shown last.
@@ -98,7 +100,7 @@ impl<S: Store> Driver<S> {
         let trace = Trace::new(&parts.welcome.spec);
         let shown = Shown { at: parts.origin, what: (Phase::Gathering, Generation(0), None), stale: true };
         let (links, slow, asking, saving) = (BTreeMap::new(), Vec::new(), None, JoinSet::new());
-        (Self { parts, mailbox, links, slow, asking, saving, trace, shown }, requests)
+        (Self { parts, mailbox, links, slow, asking, saving, trace, shown, broken: false }, requests)
     }
 
     /// Runs until the run is over; says how it ended.
@@ -120,6 +122,7 @@ impl<S: Store> Driver<S> {
             }
         };
         if let Err(error) = &farewell {
+            self.broken = true;
             let failed = Event::Failed { reason: error.to_string() };
             self.parts.journal.happened(failed, self.parts.core.step()).await;
         }
@@ -261,7 +264,8 @@ impl<S: Store> Driver<S> {
     /// Shows viewers how things stand: at once where the run took a turn, else now and then.
     async fn publish(&mut self) {
         let core = &self.parts.core;
-        let what = (core.phase(), core.generation(), core.checkpoint());
+        let phase = if self.broken { Phase::Failed } else { core.phase() };
+        let what = (phase, core.generation(), core.checkpoint());
         if let Some(reply) = self.asking.take() {
             let _gone = reply.send(what.0);
         }

@@ -41,6 +41,12 @@ pub enum CoordinatorError {
     /// Settings that cannot work.
     #[error("{0}")]
     Settings(#[from] BadSetting),
+    /// A bug.
+    #[error(
+        "the coordinator crashed, which is a bug in it: the log says where. The same command goes on from the last \
+         checkpoint"
+    )]
+    Crashed,
     /// Nobody is left who could ask it for anything.
     #[error(
         "the coordinator was shut down before the run was over; the same command goes on from its last checkpoint"
@@ -49,7 +55,7 @@ pub enum CoordinatorError {
 }
 
 /// A setting that cannot work, with what would.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadSetting {
     /// No failure budget.
     #[error(
@@ -59,6 +65,9 @@ pub enum BadSetting {
     /// Nobody owns anything.
     #[error("redundancy must be at least 1: every slice needs an owner")]
     Redundancy,
+    /// Workers cannot be told of it.
+    #[error("the folder {} has a name that is not UTF-8, in which workers are told of it: choose another one", .0.display())]
+    Folder(PathBuf),
     /// No checkpoint is kept.
     #[error("keep_checkpoints must be at least 1: a run without a checkpoint starts from the beginning")]
     Keep,

@@ -60,7 +60,7 @@ impl Handle {
     pub async fn ended(&self) -> Outcome {
         let mut outcome = self.outcome.clone();
         let ended = outcome.wait_for(Option::is_some).await;
-        ended.ok().and_then(|o| o.clone()).unwrap_or_else(|| Err(Arc::new(CoordinatorError::Abandoned)))
+        ended.ok().and_then(|o| o.clone()).unwrap_or_else(|| Err(Arc::new(CoordinatorError::Crashed)))
     }
 
     /// Whether the run is still going on.

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `/` and the page's files | the live page |
 //! | `/api/snapshot` | [`Snapshot`](caravan_types::status::Snapshot) |
-//! | `/api/steps?since=N` | array of [`StepMetrics`], ascending, with `step > N` (all without `since`); a long curve is thinned |
+//! | `/api/steps?since=N` | array of [`StepMetrics`](caravan_types::status::StepMetrics), ascending, with `step > N` (all without `since`); a long curve is thinned |
 //! | `/api/events?since=N` | array of [`LoggedEvent`](caravan_types::status::LoggedEvent), ascending, with `number >= N` |
 //! | `/api/live` | server-sent events `snapshot`, `step` and `event`, each with the JSON above; begins with a snapshot |
 //! | `/metrics` | OpenMetrics text |
@@ -28,7 +28,6 @@ use caravan_types::Step;
 use serde::Deserialize;
 use std::convert::Infallible;
 use std::time::Duration;
-use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -124,10 +123,8 @@ async fn follow(handle: Handle, viewer: mpsc::Sender<Result<Event, Infallible>>)
             return;
         }
         next = tokio::select! {
-            update = feed.recv() => match update {
-                Ok(update) => Some(update),
-                Err(RecvError::Lagged(_) | RecvError::Closed) => None,
-            },
+            // It lags behind, or nothing more comes.
+            update = feed.recv() => update.ok(),
             () = viewer.closed() => None,
         };
     }

@@ -143,7 +143,8 @@ pub(crate) fn start(path: &Path, spec: &RunSpec, base: Step) -> io::Result<Journ
     let file = MetricsFile::open(path, &mut history)?;
     history.forget_from(base.next());
     let run = spec.name.clone();
-    let first = Snapshot { run, steps: spec.recipe.steps, step: base, ..Snapshot::default() };
+    let (steps, last) = (spec.recipe.steps, history.last());
+    let first = Snapshot { run, steps, step: base, last, ..Snapshot::default() };
     let metrics = Metrics::new(&spec.name);
     metrics.observe(&first);
     let (requests, mailbox) = mpsc::channel(MAILBOX);

@@ -7,9 +7,8 @@
 //!                                   └──── journal (history, metrics file, live feed)
 //! ```
 //!
-//! Two actors: the [driver](driver) owns the core and everything that the run depends on; the
-//! [journal](journal) owns everything that people look at. The driver never waits for viewers.
-//! Nothing is decided here: what happens to a run is up to `caravan-coordinator-core`.
+//! Two actors: the driver owns the core and everything that the run depends on; the journal owns everything
+//! that people look at. The driver never waits for viewers. Nothing is decided here: what happens to a run is up to `caravan-coordinator-core`.
 //!
 //! Read first: `driver.rs` (the loop), `store.rs` (what is remembered), `serve.rs` (how it all is
 //! put together).

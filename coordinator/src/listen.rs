@@ -10,7 +10,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::uri::Authority;
-use axum::http::{StatusCode, header};
+use axum::http::{StatusCode, Version, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use hyper::service::service_fn;
@@ -121,8 +121,11 @@ fn prepare(stream: &TcpStream, detect: Duration) -> io::Result<()> {
 
 /// A page from elsewhere whose name was pointed at 127.0.0.1 (DNS rebinding) would be of our
 /// origin to the browser. Its name gives it away: this machine is asked for by address or as
-/// `localhost`.
+/// `localhost`. No browser speaks HTTP/2 without TLS; workers do, and may use any name.
 async fn from_this_machine(request: Request, next: Next) -> Response {
+    if request.version() == Version::HTTP_2 {
+        return next.run(request).await;
+    }
     let named = request.headers().get(header::HOST).and_then(|h| h.to_str().ok()?.parse::<Authority>().ok());
     let host = request.uri().authority().cloned().or(named);
     match host {

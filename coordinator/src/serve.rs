@@ -92,7 +92,7 @@ pub async fn serve(options: Options) -> Result<Running, CoordinatorError> {
     let listener = listen::bind(options.listen).await?;
     let folder = options.store.clone();
     let opened = tokio::task::spawn_blocking(move || FileStore::open(&folder)).await;
-    let (store, state) = opened.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))?;
+    let (store, state) = opened.map_err(|_| CoordinatorError::Crashed)??;
     if let Some(lost) = state.checkpoint.filter(|&step| Some(step) > options.checkpoint) {
         tracing::warn!(step = lost.0, "the checkpoint that was completed last is not usable any more");
     }
@@ -121,6 +121,7 @@ pub(crate) async fn start<S: Store>(
 ) -> Result<Running, CoordinatorError> {
     let address = listener.local_addr();
     let address = address.map_err(|source| CoordinatorError::Listen { address: options.listen, source })?;
+    let welcome = welcome(&options)?;
     let detect = Duration::from_millis(options.detect_ms);
     let base = options.checkpoint.unwrap_or(Step(0));
     let journal = journal::start(&options.metrics, &options.spec, base)
@@ -134,7 +135,7 @@ pub(crate) async fn start<S: Store>(
         core: Core::new(config(&options), state.restored(options.checkpoint), 0),
         store,
         journal: journal.clone(),
-        welcome: welcome(&options),
+        welcome,
         checkpoints: Arc::new(Checkpoints {
             root: options.checkpoints,
             spec: options.spec,
@@ -174,14 +175,19 @@ fn config(options: &Options) -> Config {
     }
 }
 
-fn welcome(options: &Options) -> Welcome {
-    Welcome {
+/// What workers are told, but for their ids. They may run in another folder than this process.
+fn welcome(options: &Options) -> Result<Welcome, BadSetting> {
+    let text = |folder: &PathBuf| {
+        let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.clone());
+        absolute.into_os_string().into_string().map_err(|name| BadSetting::Folder(name.into()))
+    };
+    Ok(Welcome {
         worker: WorkerId(0),
         spec: options.spec.clone(),
         redundancy: options.redundancy,
         detect_ms: options.detect_ms,
         checkpoint_every: options.checkpoint_every,
-        data: options.data.display().to_string(),
-        checkpoints: options.checkpoints.display().to_string(),
-    }
+        data: text(&options.data)?,
+        checkpoints: text(&options.checkpoints)?,
+    })
 }

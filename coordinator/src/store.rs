@@ -104,7 +104,7 @@ pub enum StoreError {
         path: PathBuf,
         /// Its version.
         found: u32,
-        /// [`file::FORMAT`].
+        /// The one that this program reads.
         ours: u32,
     },
     /// What it says is not what was written.

@@ -1,5 +1,12 @@
 //! A coordinator as its clients meet it: real sockets, a real gRPC client, plain HTTP.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a failed test panics, in its helpers too"
+)]
+
 use caravan_coordinator::store::StoreError;
 use caravan_coordinator::{BadSetting, CoordinatorError, Options, Running, Update, serve};
 use caravan_types::message::{

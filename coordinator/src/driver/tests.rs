@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{StreamExt, StreamMap};
 
 /// Hands every append to the test and waits for its verdict.
-struct GatedStore(mpsc::Sender<(Vec<Record>, oneshot::Sender<Result<(), StoreError>>)>);
+struct GatedStore(mpsc::Sender<Append>);
 
 impl Store for GatedStore {
     async fn append(&mut self, records: &[Record]) -> Result<(), StoreError> {
@@ -24,12 +24,12 @@ impl Store for GatedStore {
     }
 }
 
-type Gate = mpsc::Receiver<(Vec<Record>, oneshot::Sender<Result<(), StoreError>>)>;
+type Append = (Vec<Record>, oneshot::Sender<Result<(), StoreError>>);
 type Inbox = mpsc::Receiver<Result<Down, Status>>;
 
 struct Bench {
     requests: mpsc::Sender<Request>,
-    gate: Gate,
+    gate: mpsc::Receiver<Append>,
     journal: JournalHandle,
     outcome: JoinHandle<Result<Farewell, CoordinatorError>>,
     _dir: tempfile::TempDir,
@@ -192,6 +192,7 @@ async fn a_store_that_fails_ends_the_run_and_nothing_is_said() {
     assert!(inbox.recv().await.is_none(), "the session ends without a welcome");
     let error = b.outcome.await.unwrap().unwrap_err().to_string();
     assert!(error.contains("/run/store.log") && error.contains("Free some space"), "{error}");
+    assert_eq!(b.journal.snapshot().phase, Phase::Failed);
     let events = b.journal.events(0).await;
     assert!(matches!(&events[0].event, Event::Failed { reason } if *reason == error), "{events:?}");
 }

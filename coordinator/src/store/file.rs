@@ -7,8 +7,8 @@
 //! Anything else that does not fit its checksum was durable once, and is refused: to guess there
 //! could give a generation twice.
 //!
-//! Every opening writes the few records that are left of the log aside and renames them over it,
-//! which bounds its length and clears a torn end away.
+//! Every opening, and every append that makes the log long, writes the few records that are left
+//! of it aside and renames them over it, which bounds its length and clears a torn end away.
 
 use super::{Damage, State, Store, StoreError};
 use caravan_coordinator_core::Record;
@@ -20,6 +20,10 @@ use std::sync::Arc;
 
 /// Version of the log's format; a reader refuses any other.
 pub const FORMAT: u32 = 1;
+
+/// The log is compacted when it is longer: a few hundred plans of a small caravan, and read back
+/// in a moment. A plan that is this long itself is given the room of two.
+const COMPACT_ABOVE: u64 = 4 << 20;
 
 const LOG: &str = "store.log";
 const ASIDE: &str = "store.log.new";
@@ -34,8 +38,15 @@ struct Header {
 /// The embedded store: a folder with a log and a lock.
 #[derive(Debug)]
 pub struct FileStore {
-    log: Arc<File>,
+    folder: PathBuf,
     path: PathBuf,
+    log: Arc<File>,
+    /// What the log adds up to.
+    state: State,
+    /// Length of the log.
+    bytes: u64,
+    /// The length at which it is compacted.
+    compact_at: u64,
     /// Held as long as the store is open; the system lets go of it when the process ends.
     _lock: File,
 }
@@ -55,19 +66,34 @@ impl FileStore {
             Err(e) if e.kind() == io::ErrorKind::NotFound => State::default(),
             Err(e) => return Err(io_error("read", &path)(e)),
         };
-        compact(folder, &state)?;
-        let log = OpenOptions::new().append(true).open(&path).map_err(io_error("open", &path))?;
-        Ok((Self { log: Arc::new(log), path, _lock: lock }, state))
+        let (log, bytes) = compact(folder, &state)?;
+        let (folder, log) = (folder.to_path_buf(), Arc::new(log));
+        let compact_at = COMPACT_ABOVE.max(2 * bytes);
+        let store = Self { folder, path, log, state: state.clone(), bytes, compact_at, _lock: lock };
+        Ok((store, state))
+    }
+
+    async fn compact(&mut self) -> Result<(), StoreError> {
+        let (folder, state) = (self.folder.clone(), self.state.clone());
+        let compacted = tokio::task::spawn_blocking(move || compact(&folder, &state)).await;
+        let failed = |e| io_error("compact", &self.path)(io::Error::other(e));
+        let (log, bytes) = compacted.map_err(failed)??;
+        (self.log, self.bytes) = (Arc::new(log), bytes);
+        self.compact_at = self.compact_at.max(2 * bytes);
+        Ok(())
     }
 }
 
 impl Store for FileStore {
     async fn append(&mut self, records: &[Record]) -> Result<(), StoreError> {
         let lines = lines(records).map_err(io_error("write to", &self.path))?;
-        let log = Arc::clone(&self.log);
+        let (log, length) = (Arc::clone(&self.log), lines.len() as u64);
         let write = move || (&*log).write_all(&lines).and_then(|()| log.sync_data());
         let written = tokio::task::spawn_blocking(write).await;
-        written.unwrap_or_else(|e| Err(io::Error::other(e))).map_err(io_error("write to", &self.path))
+        written.unwrap_or_else(|e| Err(io::Error::other(e))).map_err(io_error("write to", &self.path))?;
+        records.iter().for_each(|record| self.state.add(record.clone()));
+        self.bytes += length;
+        if self.bytes > self.compact_at { self.compact().await } else { Ok(()) }
     }
 }
 
@@ -141,20 +167,22 @@ fn lines(records: &[Record]) -> io::Result<Vec<u8>> {
     Ok(records.iter().map(line).collect::<io::Result<Vec<_>>>()?.concat())
 }
 
-/// Replaces the log by the fewest records that say the same. A crash before the rename leaves
-/// the old log, one after it the new one.
-fn compact(folder: &Path, state: &State) -> Result<(), StoreError> {
+/// Replaces the log by the fewest records that say the same, and opens it, with its length. A
+/// crash before the rename leaves the old log, one after it the new one.
+fn compact(folder: &Path, state: &State) -> Result<(File, u64), StoreError> {
     let (aside, path) = (folder.join(ASIDE), folder.join(LOG));
-    let write = || -> io::Result<()> {
+    let write = || -> io::Result<(File, u64)> {
+        let bytes = [line(&Header { caravan_store: FORMAT })?, lines(&state.records())?].concat();
         let mut file = File::create(&aside)?;
-        file.write_all(&line(&Header { caravan_store: FORMAT })?)?;
-        file.write_all(&lines(&state.records())?)?;
-        file.sync_all()
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        Ok((file, bytes.len() as u64))
     };
-    write().map_err(io_error("write", &aside))?;
+    let written = write().map_err(io_error("write", &aside))?;
     fs::rename(&aside, &path).map_err(io_error("replace", &path))?;
     let synced = File::open(folder).and_then(|f| f.sync_all());
-    synced.map_err(io_error("make durable", folder))
+    synced.map_err(io_error("make durable", folder))?;
+    Ok(written)
 }
 
 #[cfg(test)]
@@ -208,6 +236,22 @@ mod tests {
             assert_eq!(state, some_state());
         }
         assert_eq!(fs::read_to_string(path).unwrap().lines().count(), 5, "compacted: a header, four records");
+    }
+
+    #[tokio::test]
+    async fn a_long_log_is_compacted_while_it_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = FileStore::open(dir.path()).unwrap();
+        store.compact_at = 1000;
+        for generation in 1..=100 {
+            let records = [Record::Generation(Generation(generation)), Record::Plan(plan(generation))];
+            store.append(&records).await.unwrap();
+            assert_eq!(fs::metadata(dir.path().join(LOG)).unwrap().len(), store.bytes);
+            assert!(store.bytes <= 1000);
+        }
+        drop(store);
+        let (_, state) = FileStore::open(dir.path()).unwrap();
+        assert_eq!(state, State { generation: Generation(100), plan: Some(plan(100)), ..State::default() });
     }
 
     #[tokio::test]
