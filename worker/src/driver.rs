@@ -133,3 +133,6 @@ fn input(event: Event) -> Result<(Input, Option<Vec<f32>>), WorkerError> {
     };
     Ok((input, None))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! The worker around its core: coordinator session, fabric, engine thread.
 //!
 //! The core decides; here is what it decides about. Three parts answer to one loop
-//! ([`driver`]): the session with the coordinator, the fabric between workers, and the engine
+//! (`driver`): the session with the coordinator, the fabric between workers, and the engine
 //! on its own thread. None of them knows another, and none knows the step protocol:
 //!
 //! ```text
@@ -21,6 +21,8 @@ mod fabric;
 mod machine;
 mod session;
 mod signals;
+#[cfg(test)]
+mod stub;
 mod trace;
 
 pub use error::{Exit, WorkerError};

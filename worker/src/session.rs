@@ -166,3 +166,6 @@ fn said(status: &Status) -> String {
         message => message.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;
