@@ -268,6 +268,18 @@ pub enum DataError {
         /// Micro-batches per lane of the run.
         micro_batches: u32,
     },
+    /// A sample that the run does not have.
+    #[error(
+        "there is no sample {index} at step {step}: steps count from 1, this run has {samples} samples a step"
+    )]
+    NoSuchSample {
+        /// Step.
+        step: u64,
+        /// Sample within the step.
+        index: u64,
+        /// Samples per step of the run.
+        samples: u64,
+    },
 }
 
 /// Why a path that exists gives nothing.

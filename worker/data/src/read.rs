@@ -94,9 +94,17 @@ fn read_jsonl(file: &InputFile, vocab: u32, each: &mut Each<'_>) -> Result<(), D
         if text.trim().is_empty() {
             continue;
         }
-        let record: Record = serde_json::from_str(text).map_err(|e| bad(file, row, e.to_string()))?;
+        let record: Record =
+            serde_json::from_str(text.trim_end()).map_err(|e| bad(file, row, not_json(&e)))?;
         each(row, body(file, row, vocab, record)?)?;
     }
+}
+
+/// The parser counts lines too, and always says 1.
+fn not_json(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let what = text.split(" at line ").next().unwrap_or(&text);
+    format!("column {}: {what}", error.column())
 }
 
 fn bad(file: &InputFile, row: u64, why: String) -> DataError {

@@ -84,7 +84,7 @@ impl Sampler {
         let before = step.0.checked_sub(1).and_then(|s| s.checked_mul(batch));
         let sample = before.filter(|_| index < batch).and_then(|n| n.checked_add(index));
         let Some(sample) = sample else {
-            return Err(self.no_such_batch(step, u32::MAX, u32::MAX));
+            return Err(DataError::NoSuchSample { step: step.0, index, samples: batch });
         };
         let epoch = sample / self.windows;
         let window = Permutation::new(self.seed, epoch, self.windows).at(sample % self.windows);
@@ -146,7 +146,14 @@ impl Sampler {
     pub(crate) fn first_sample(&self, step: Step, lane: u32, index: u32) -> Result<u64, DataError> {
         let shape = &self.shape;
         if step.0 == 0 || lane >= shape.lanes || index >= shape.micro_batches {
-            return Err(self.no_such_batch(step, lane, index));
+            let BatchShape { lanes, micro_batches, .. } = *shape;
+            return Err(DataError::NoSuchBatch {
+                step: step.0,
+                lane,
+                micro_batch: index,
+                lanes,
+                micro_batches,
+            });
         }
         let before = u64::from(lane) * u64::from(shape.micro_batches) + u64::from(index);
         Ok(before * u64::from(shape.sequences))
@@ -169,11 +176,6 @@ impl Sampler {
             batch.counted.push(self.counts(target));
             batch.document_start.push(start);
         }
-    }
-
-    fn no_such_batch(&self, step: Step, lane: u32, micro_batch: u32) -> DataError {
-        let BatchShape { lanes, micro_batches, .. } = self.shape;
-        DataError::NoSuchBatch { step: step.0, lane, micro_batch, lanes, micro_batches }
     }
 }
 
