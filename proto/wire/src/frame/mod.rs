@@ -21,7 +21,7 @@
 //! receivers of a broadcast. Magic and version come first and mean the same for ever: a
 //! program of another version is told so, and not that its bytes are rubbish.
 //!
-//! The first frame in each direction of a connection is a [`Hello`]; all others are
+//! Only the end that opened a connection sends. Its first frame is a [`Hello`]; all others are
 //! [`PeerMessage`]s. A payload is raw little-endian fp32.
 //!
 //! Reading: [`PREFIX`] bytes, [`Prefix::decode`], then [`Prefix::body_len`] and
@@ -53,7 +53,7 @@ pub const MAX_VALUES: usize = (MOST_BLOCKS * BLOCK) as usize * 4;
 /// Largest payload, in bytes: a slice's training state, three values an element.
 pub const MAX_PAYLOAD: usize = 3 * MAX_VALUES;
 
-/// What opens a connection, in both directions. The sender's generation is in it because a
+/// What opens a connection. The sender's generation is in it because a
 /// connection belongs to one plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
