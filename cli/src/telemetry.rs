@@ -96,7 +96,10 @@ pub enum TelemetryError {
 /// Keeps telemetry going; where it is dropped, the last spans are sent, within a bound.
 #[must_use = "telemetry ends when this is dropped"]
 #[derive(Debug)]
-pub struct Guard(Option<Export>);
+pub struct Guard {
+    #[allow(dead_code, reason = "it is kept to be dropped")]
+    export: Option<Export>,
+}
 
 /// Sets up logs and traces for the whole process, which is a `role`: "coordinator" or "worker".
 ///
@@ -152,7 +155,7 @@ fn build(
             .with_filter(ours)
     });
     let subscriber = tracing_subscriber::registry().with(lines.with_filter(filter)).with(spans);
-    Ok((subscriber, Guard(export)))
+    Ok((subscriber, Guard { export }))
 }
 
 #[derive(Debug)]
@@ -328,7 +331,7 @@ mod tests {
         // Process-wide in this test's process, as in production: the exporter's thread logs too.
         tracing::subscriber::set_global_default(subscriber).expect("the only one in these tests");
         a_run_of_one_step();
-        let provider = guard.0.as_ref().expect("it exports").provider.clone();
+        let provider = guard.export.as_ref().expect("it exports").provider.clone();
         assert!(provider.force_flush().is_err());
         a_run_of_one_step();
         let dropped = Instant::now();

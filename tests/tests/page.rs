@@ -1,5 +1,6 @@
 //! The live page in a real browser, on a real run. Everything that is waited for here must come
 //! by itself: each page is loaded once, and a mark on its window shows that it stayed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
 
 use tests::browser::Browser;
 use tests::process::{Place, Running, kill};

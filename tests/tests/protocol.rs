@@ -1,4 +1,5 @@
 //! The two cores together, under random schedules and faults.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
 
 use caravan_types::Step;
 use caravan_types::message::Farewell;
@@ -43,7 +44,6 @@ fn whatever_dies_joins_or_leaves_the_run_ends_with_the_same_bits() {
             assert_eq!(outcome.checkpoint, Some(Step(options.steps)), "seed {seed}");
         }
     }
-    println!("{ends:?}");
     assert!(ends["Finished"] > 1500 && ends["Drained"] > 50, "{ends:?}");
     assert!(!ends.contains_key("Failed"), "{ends:?}");
 }

@@ -1,11 +1,11 @@
 //! `caravan generate`: text from a checkpoint, token by token as it comes.
 
-use crate::{Outcome, config::cores};
+use crate::config::cores;
+use crate::{Failure, Outcome};
 use caravan_checkpoint::{Checkpoint, CheckpointError, Refused, newest_intact};
 use caravan_data::Tokenizer;
 use caravan_engine::{Generator, Sampling};
 use caravan_kernels::{Cpu, Family};
-use std::error::Error;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -91,7 +91,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
 }
 
 /// The checkpoint that a folder is, or the newest intact one of the run that it is.
-fn open(dir: &Path) -> Result<Checkpoint, Box<dyn Error + Send + Sync>> {
+fn open(dir: &Path) -> Result<Checkpoint, Failure> {
     if !dir.is_dir() {
         return Err(GenerateError::NoFolder(dir.to_owned()).into());
     }

@@ -1,7 +1,7 @@
 //! `caravan status`: a run at this moment, from its coordinator.
 
 use crate::run_dir::RunDir;
-use crate::{Outcome, view};
+use crate::{Failure, Outcome, view};
 use caravan_checkpoint::newest_intact;
 use caravan_types::status::Snapshot;
 use caravan_wire::{Timeouts, connect, pb};
@@ -29,6 +29,8 @@ pub struct Args {
 /// Why there is no status.
 #[derive(Debug, thiserror::Error)]
 enum StatusError {
+    #[error("the run {run} is not running; it finished with step {steps}, whose checkpoint is in {}", dir.display())]
+    Finished { run: String, steps: u64, dir: PathBuf },
     #[error(
         "the run {run} is not running; {last}. The `caravan train` command that started it goes on from there"
     )]
@@ -56,25 +58,25 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     Ok(())
 }
 
-fn address_of(run: &Path) -> Result<String, Box<dyn std::error::Error + Send + Sync>> {
+fn address_of(run: &Path) -> Result<String, Failure> {
     let run = RunDir::find(run)?;
     if let Some(address) = run.address()? {
         return Ok(address);
     }
+    let (name, steps) = (run.spec().name.clone(), run.spec().recipe.steps);
     let last = match newest_intact(&run.checkpoints())?.checkpoint {
+        Some(checkpoint) if checkpoint.manifest().step.0 == steps => {
+            return Err(StatusError::Finished { run: name, steps, dir: checkpoint.dir().to_owned() }.into());
+        }
         Some(checkpoint) => {
-            format!(
-                "its newest checkpoint is of step {} of {}",
-                checkpoint.manifest().step,
-                run.spec().recipe.steps
-            )
+            format!("its newest checkpoint is of step {} of {steps}", checkpoint.manifest().step)
         }
         None => "it has no checkpoint yet".to_owned(),
     };
-    Err(StatusError::NotRunning { run: run.spec().name.clone(), last }.into())
+    Err(StatusError::NotRunning { run: name, last }.into())
 }
 
-async fn ask(address: &str) -> Result<Snapshot, Box<dyn std::error::Error + Send + Sync>> {
+async fn ask(address: &str) -> Result<Snapshot, Failure> {
     let timeouts = Timeouts { connect: PATIENCE, keep_alive: PATIENCE, keep_alive_timeout: PATIENCE };
     let mut client = connect(address, timeouts).await?;
     let refused = |reason: String| StatusError::Refused { address: address.to_owned(), reason };
@@ -139,6 +141,9 @@ mod tests {
             error.starts_with("the run tiny is not running; its newest checkpoint is of step 7 of 10."),
             "{error}"
         );
+        tiny.checkpoint(10);
+        let error = run(&args, &mut Vec::new()).unwrap_err().to_string();
+        assert!(error.starts_with("the run tiny is not running; it finished with step 10"), "{error}");
     }
 
     #[test]

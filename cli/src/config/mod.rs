@@ -11,10 +11,10 @@ mod reader;
 mod sections;
 mod settings;
 
-pub use problem::{ConfigError, Fault};
+pub use problem::ConfigError;
 pub use reader::Override;
 pub use sections::cores;
-pub use settings::{Cluster, Kernels, Note, Settings};
+pub use settings::{Kernels, Settings};
 
 use reader::Reader;
 use std::fs;

@@ -1,6 +1,7 @@
 //! Every setting that cannot work, with what it is told, and what the rest becomes.
 
-use super::{ConfigError, Fault, Kernels, Override, Settings, parse};
+use super::problem::Fault;
+use super::{ConfigError, Kernels, Override, Settings, parse};
 use caravan_types::{ModelShape, Recipe};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
