@@ -1,4 +1,4 @@
-//! a += b, and filling with zeros.
+//! a += b, a = b and a = 0, by all threads.
 
 use crate::{Cpu, Real};
 use rayon::prelude::*;
@@ -15,6 +15,17 @@ pub fn add<R: Real>(cpu: &Cpu, a: &mut [R], b: &[R]) {
     let family = cpu.family();
     cpu.install(|| {
         a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| add_chunk(family, a, b));
+    });
+}
+
+/// a = b.
+///
+/// # Panics
+/// Where lengths differ.
+pub fn copy<R: Real>(cpu: &Cpu, a: &mut [R], b: &[R]) {
+    assert_eq!(a.len(), b.len());
+    cpu.install(|| {
+        a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK)).for_each(|(a, b)| a.copy_from_slice(b));
     });
 }
 

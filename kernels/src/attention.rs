@@ -13,6 +13,7 @@
 use crate::matmul::{Into, packed_in, packed_len, product_serial};
 use crate::target::Target;
 use crate::{Cpu, Family, Real, View, ViewMut, reduce, scratch};
+use std::ops::Range;
 
 /// Queries whose scores exist at a time: a multiple of every family's tile height (6 and 4).
 /// A larger block computes more scores that the causal mask throws away. Gradients of keys
@@ -88,7 +89,7 @@ impl<'a, R: Real> Inputs<'a, R> {
 /// One block of one query head.
 struct Block {
     /// Rows among all queries.
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     /// Query head.
     head: usize,
     /// Position of the first row.
@@ -288,7 +289,7 @@ kernel! {
 kernel! {
     /// Turns the scores of one query into probabilities over the keys `seen`, 0 elsewhere,
     /// and returns the logarithm of the sum of exponentials.
-    fn softmax<R>(row: &mut [R], seen: std::ops::Range<usize>, scale: R) -> R {
+    fn softmax<R>(row: &mut [R], seen: Range<usize>, scale: R) -> R {
         row[..seen.start].fill(R::ZERO);
         row[seen.end..].fill(R::ZERO);
         let row = &mut row[seen];
@@ -311,7 +312,7 @@ kernel! {
     fn softmax_gradient<R>(
         p: &mut [R],
         ds: &mut [R],
-        seen: std::ops::Range<usize>,
+        seen: Range<usize>,
         scale: R,
         lse: R,
         delta: R,
@@ -324,5 +325,66 @@ kernel! {
             *p = (*p * scale - lse).exp();
             *ds = *p * (*ds - delta) * scale;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(n: usize) -> Vec<f64> {
+        (0..n).map(|i| libm::sin(i as f64 * 0.7) * 2.0).collect()
+    }
+
+    /// softmax(q·kᵀ/√d)·v, written out.
+    fn naive(shape: &Shape, qkv: &[f64], document_start: &[u32]) -> Vec<f64> {
+        let (d, width) = (shape.head, (shape.heads + 2 * shape.kv_heads) * shape.head);
+        let mut out = Vec::new();
+        for row in 0..shape.sequences * shape.keys {
+            let (sequence, position) = (row / shape.keys, row % shape.keys);
+            for head in 0..shape.heads {
+                let kv = head / shape.group();
+                let part = |row: usize, start: usize| &qkv[row * width + start..][..d];
+                let at = |key: usize| sequence * shape.keys + key;
+                let q = part(row, head * d);
+                let weight = |key: usize| {
+                    let k = part(at(key), (shape.heads + kv) * d);
+                    let score: f64 = q.iter().zip(k).map(|(q, k)| q * k).sum();
+                    libm::exp(score / (d as f64).sqrt())
+                };
+                let seen = document_start[row] as usize..=position;
+                let total: f64 = seen.clone().map(weight).sum();
+                out.extend((0..d).map(|i| {
+                    let value = |key| part(at(key), (shape.heads + shape.kv_heads + kv) * d)[i];
+                    seen.clone().map(|key| weight(key) / total * value(key)).sum::<f64>()
+                }));
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn it_is_softmax_attention_within_documents() {
+        let shape = Shape { sequences: 2, queries: 110, keys: 110, heads: 4, kv_heads: 2, head: 6 };
+        let qkv = numbers(220 * 8 * 6);
+        let document_start: Vec<u32> = (0..220u32).map(|i| i % 110 / 37 * 37).collect();
+        let expected = naive(&shape, &qkv, &document_start);
+        for family in Family::available() {
+            let cpu = Cpu::new(2, family).unwrap();
+            let (mut out, mut lse) = (vec![0.0; 220 * 24], vec![0.0; 220 * 4]);
+            forward(&cpu, &shape, &Inputs::fused(&qkv, &shape, &document_start), &mut out, &mut lse);
+            let error = out.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(error < 1e-12, "{family}: {error}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a document starts later")]
+    fn a_document_cannot_start_after_its_position() {
+        let shape = Shape { sequences: 1, queries: 2, keys: 2, heads: 1, kv_heads: 1, head: 2 };
+        let cpu = Cpu::new(1, Family::best()).unwrap();
+        let qkv = numbers(12);
+        let inputs = Inputs::fused(&qkv, &shape, &[1, 0]);
+        forward(&cpu, &shape, &inputs, &mut [0.0; 4], &mut [0.0; 2]);
     }
 }

@@ -14,6 +14,7 @@
 
 use crate::target::Target;
 use crate::{Cpu, Family, Real, scratch};
+use std::ops::Range;
 
 /// Length of a block of the summed dimension. A tile's packed columns (64 · 256 · 4 bytes =
 /// 64 KiB) share the second-level cache with the rows that they meet. Changing it changes
@@ -150,9 +151,9 @@ struct Panel {
     /// First element in the packed matrix.
     start: usize,
     /// Summed indices.
-    k: std::ops::Range<usize>,
+    k: Range<usize>,
     /// Columns.
-    cols: std::ops::Range<usize>,
+    cols: Range<usize>,
     /// Elements from one k to the next.
     width: usize,
 }
@@ -239,12 +240,15 @@ kernel! {
 kernel! {
     /// Packs rows of A whose columns are contiguous: groups of `height` rows, for each k the
     /// group's elements side by side; the last group may be lower.
-    fn pack_left<R>(a: View<'_, R>, rows: std::ops::Range<usize>, ks: std::ops::Range<usize>, height: usize, out: &mut [R]) {
+    fn pack_left<R>(a: View<'_, R>, rows: Range<usize>, ks: Range<usize>, height: usize, out: &mut [R]) {
         for (i, k) in ks.clone().enumerate() {
             let column = &a.data[k * a.col_stride + rows.start..k * a.col_stride + rows.end];
             for (group, from) in column.chunks(height).enumerate() {
                 let at = group * height * ks.len() + i * from.len();
-                out[at..at + from.len()].copy_from_slice(from);
+                // Element by element: too few for a call to a copying routine.
+                for (out, from) in out[at..at + from.len()].iter_mut().zip(from) {
+                    *out = *from;
+                }
             }
         }
     }
@@ -329,8 +333,8 @@ unsafe fn block<R: Real>(
     b: &Packed<'_, R>,
     c: Target<R>,
     stride: usize,
-    rows: std::ops::Range<usize>,
-    cols: std::ops::Range<usize>,
+    rows: Range<usize>,
+    cols: Range<usize>,
     into: Into,
 ) {
     let tiles = R::tiles(family);
@@ -395,4 +399,101 @@ unsafe fn block<R: Real>(
             }
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+        let at = |i: u32| i.wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(747_796_405) >> 12;
+        (0..n as u32).map(|i| at(i) as f32 / (1 << 19) as f32 - 1.0).collect()
+    }
+
+    /// The order that the module promises, spelled out.
+    fn reference(family: Family, a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize), c: &mut [f32]) {
+        let fused = family != Family::PORTABLE;
+        for i in 0..m {
+            for j in 0..n {
+                for block in (0..k).step_by(DEPTH) {
+                    let mut sum = 0.0f32;
+                    for l in block..(block + DEPTH).min(k) {
+                        let (x, y) = (a[i * k + l], b[l * n + j]);
+                        sum = if fused { x.mul_add(y, sum) } else { x * y + sum };
+                    }
+                    c[i * n + j] += sum;
+                }
+            }
+        }
+    }
+
+    fn transpose(a: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+        (0..rows * cols).map(|i| a[i % rows * cols + i / rows]).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn products_have_the_promised_bits_in_any_layout_on_any_number_of_threads(
+            m in 1usize..70, n in 1usize..150, k in 1usize..600, seed: u32, threads in 1usize..4, layout in 0..4,
+        ) {
+            let (a, b) = (numbers(m * k, seed), numbers(k * n, !seed));
+            let start = numbers(m * n, seed ^ 7);
+            let (at, bt) = (transpose(&a, m, k), transpose(&b, k, n));
+            let left = if layout & 1 == 0 { View::rows_of(&a, k) } else { View::rows_of(&at, m).t() };
+            let right = if layout & 2 == 0 { View::rows_of(&b, n) } else { View::rows_of(&bt, k).t() };
+            for family in Family::available() {
+                let cpu = Cpu::new(threads, family).unwrap();
+                let (mut expected, mut c) = (start.clone(), start.clone());
+                reference(family, &a, &b, (m, n, k), &mut expected);
+                matmul(&cpu, left, right, ViewMut::rows_of(&mut c, n), Into::Add);
+                prop_assert_eq!(&c, &expected, "{}", family);
+                expected.fill(0.0);
+                reference(family, &a, &b, (m, n, k), &mut expected);
+                matmul(&cpu, left, right, ViewMut::rows_of(&mut c, n), Into::Set);
+                prop_assert_eq!(&c, &expected, "{}", family);
+            }
+        }
+    }
+
+    #[test]
+    fn many_tasks_and_part_of_a_packed_factor_give_the_same_bits() {
+        // More rows and columns than one task has, and a block of the summed dimension cut short.
+        let (m, n, k) = (TASK_ROWS + 7, TASK_COLS + 70, DEPTH + 44);
+        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
+        for family in Family::available() {
+            let cpu = Cpu::new(2, family).unwrap();
+            let mut memory = vec![0.0; packed_len::<f32>(k, n, family)];
+            let packed = pack(&cpu, View::rows_of(&b, n), &mut memory);
+            let mut whole = vec![f32::NAN; m * n];
+            product(&cpu, View::rows_of(&a, k), &packed, ViewMut::rows_of(&mut whole, n), Into::Set);
+            for row in [0, 5, TASK_ROWS, m - 1] {
+                let mut alone = vec![f32::NAN; n - 33];
+                let a = View::rows_of(&a[row * k..(row + 1) * k], k);
+                product(&cpu, a, &packed, ViewMut::rows_of(&mut alone, n - 33), Into::Set);
+                assert_eq!(alone, whole[row * n..][..n - 33], "{family}: row {row}");
+            }
+            let short = DEPTH + 9;
+            let zeroed: Vec<f32> =
+                a.iter().enumerate().map(|(i, a)| if i % k < short { *a } else { 0.0 }).collect();
+            let (mut cut, mut full) = (vec![0.0; m * n], vec![0.0; m * n]);
+            let a = View::new(&a, m, short, k);
+            product(&cpu, a, &packed, ViewMut::rows_of(&mut cut, n), Into::Set);
+            product(&cpu, View::rows_of(&zeroed, k), &packed, ViewMut::rows_of(&mut full, n), Into::Set);
+            assert_eq!(cut, full, "{family}");
+        }
+    }
+
+    #[test]
+    fn an_empty_sum_is_zero() {
+        let cpu = Cpu::new(1, Family::best()).unwrap();
+        let mut c = vec![1.0f32; 6];
+        let (a, b) = (View::new(&[], 2, 0, 0), View::new(&[], 0, 3, 3));
+        matmul(&cpu, a, b, ViewMut::rows_of(&mut c, 3), Into::Add);
+        assert_eq!(c, [1.0; 6]);
+        matmul(&cpu, a, b, ViewMut::rows_of(&mut c, 3), Into::Set);
+        assert_eq!(c, [0.0; 6]);
+    }
 }

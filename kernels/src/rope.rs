@@ -88,3 +88,29 @@ kernel! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Family;
+
+    #[test]
+    fn halves_turn_by_position_times_rate_and_turn_back() {
+        let cpu = Cpu::new(2, Family::best()).unwrap();
+        let table = Table::<f64>::new(8, 4, 100.0);
+        // Two sequences of three positions from 5 on; one head turned, two elements beside it.
+        let row = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let before = row.repeat(6);
+        let mut rows = before.clone();
+        rope(&cpu, &mut rows, 6, 4, (5, 3), &table, Turn::Forward);
+        for (i, row) in rows.chunks(6).enumerate() {
+            let position = (5 + i % 3) as f64;
+            // Rates are 100^0 and 100^(-1/2).
+            let ((s0, c0), (s1, c1)) = (position.sin_cos(), (position * 0.1).sin_cos());
+            let expected = [c0 - 3.0 * s0, 2.0 * c1 - 4.0 * s1, 3.0 * c0 + s0, 4.0 * c1 + 2.0 * s1, 5.0, 6.0];
+            assert!(row.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-14), "{row:?} {expected:?}");
+        }
+        rope(&cpu, &mut rows, 6, 4, (5, 3), &table, Turn::Backward);
+        assert!(rows.iter().zip(&before).all(|(a, b)| (a - b).abs() < 1e-14));
+    }
+}

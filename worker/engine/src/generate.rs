@@ -92,7 +92,8 @@ impl<'a, R: Real> Generator<'a, R> {
         }
         let n = tokens.len();
         let mut stream = vec![R::ZERO; n * dim];
-        embedding::forward(tokens, &self.weights[self.layout.embedding.clone()], dim, &mut stream);
+        let table = &self.weights[self.layout.embedding.clone()];
+        embedding::forward(self.cpu, tokens, table, dim, &mut stream);
         for l in 0..self.layout.layers.len() {
             self.layer(l, n, &mut stream);
         }

@@ -176,7 +176,7 @@ impl<R: Real> Model<R> {
         let dim = self.layout.dim;
         let n = batch.tokens.len();
         let table = &weights[self.layout.embedding.clone()];
-        embedding::forward(&batch.tokens, table, dim, &mut self.kept[0].input[..n * dim]);
+        embedding::forward(cpu, &batch.tokens, table, dim, &mut self.kept[0].input[..n * dim]);
         for l in 0..self.layout.layers.len() {
             if stop() {
                 return false;
@@ -207,13 +207,13 @@ impl<R: Real> Model<R> {
         rope::rope(cpu, qkv, width, turned, (0, batch.length), &self.turns, Turn::Forward);
         let inputs = Inputs::fused(qkv, &shape, &batch.document_start);
         attention::forward(cpu, &shape, &inputs, attention, lse);
-        middle.copy_from_slice(input);
+        add::copy(cpu, middle, input);
         product(cpu, attention, dim, &weights[output], middle, Into::Add);
 
         rmsnorm::forward(cpu, middle, &weights[mlp_norm], self.epsilon, normed);
         product(cpu, normed, dim, &weights[w_gate_up], gate_up, Into::Set);
         swiglu::forward(cpu, gate_up, hidden, activated);
-        next.copy_from_slice(middle);
+        add::copy(cpu, next, middle);
         product(cpu, activated, hidden, &weights[down], next, Into::Add);
     }
 
@@ -368,9 +368,10 @@ fn outer<R: Real>(cpu: &Cpu, dy: &[R], outputs: usize, x: &[R], inputs: usize, d
     matmul::matmul(cpu, dy.t(), x, ViewMut::rows_of(dw, inputs), Into::Add);
 }
 
-/// Rows of logits in a chunk.
+/// Rows of logits in a chunk: whole blocks of the sums over rows that make the head's
+/// gradient, so that no pass over it is for a few rows only.
 fn chunk_rows(vocab: usize) -> usize {
-    (LOGITS / vocab).max(1)
+    (LOGITS / vocab / matmul::DEPTH).max(1) * matmul::DEPTH
 }
 
 fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {

@@ -1,4 +1,5 @@
 //! Every gradient against finite differences, and bits that depend on no number of threads.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
 
 mod common;
 
@@ -51,7 +52,7 @@ fn every_gradient_is_that_of_finite_differences() {
     let shape = tiny();
     for family in Family::available() {
         let cpu = Cpu::new(1, family).unwrap();
-        compare(&cpu, &shape, &batch(&shape, 3, 13, 1), 60);
+        compare(&cpu, &shape, &batch(&shape, 3, 13, 1), 25);
     }
 }
 
