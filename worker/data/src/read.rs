@@ -11,6 +11,7 @@ use parquet::schema::types::Type;
 use serde::Deserialize;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// A document's content.
@@ -128,9 +129,8 @@ fn body(file: &InputFile, row: u64, vocab: u32, record: Record) -> Result<Body, 
 
 fn read_parquet(file: &InputFile, vocab: u32, each: &mut Each<'_>) -> Result<(), DataError> {
     let bad_file = |why: String| DataError::BadParquet { path: file.path.clone(), why };
-    let unreadable = |e: parquet::errors::ParquetError| bad_file(e.to_string());
     let handle = File::open(&file.path).map_err(DataError::io(Action::Read, &file.path))?;
-    let reader = SerializedFileReader::new(handle).map_err(unreadable)?;
+    let reader = contained(file, || SerializedFileReader::new(handle))?;
     let schema = reader.metadata().file_metadata().schema();
     // Only the wanted column is decoded; other columns may be of any size.
     let column = ["text", "tokens"].iter().find_map(|n| schema.get_fields().iter().find(|f| f.name() == *n));
@@ -138,22 +138,35 @@ fn read_parquet(file: &InputFile, vocab: u32, each: &mut Each<'_>) -> Result<(),
         let names: Vec<_> = schema.get_fields().iter().map(|f| f.name()).collect();
         return Err(bad_file(format!("it has no column `text` or `tokens`, only {}", names.join(", "))));
     };
-    let projection = Type::group_type_builder(schema.name())
-        .with_fields(vec![Arc::clone(column)])
-        .build()
-        .map_err(unreadable)?;
-    for (row, record) in reader.get_row_iter(Some(projection)).map_err(unreadable)?.enumerate() {
-        let row = row as u64 + 1;
-        let mut columns = record.map_err(unreadable)?.into_columns();
-        let Some((_, field)) = columns.pop() else {
+    let projection = || Type::group_type_builder(schema.name()).with_fields(vec![Arc::clone(column)]).build();
+    let mut records = contained(file, || reader.get_row_iter(Some(projection()?)))?;
+    let mut row = 0;
+    while let Some(record) = contained(file, || records.next().transpose())? {
+        row += 1;
+        let Some((_, field)) = record.into_columns().pop() else {
             return Err(bad(file, row, "it has no value".into()));
         };
-        if field == Field::Null {
-            continue;
+        if field != Field::Null {
+            each(row, body(file, row, vocab, record_of(file, row, field)?)?)?;
         }
-        each(row, body(file, row, vocab, record_of(file, row, field)?)?)?;
     }
     Ok(())
+}
+
+/// Runs a call into the Parquet library, which reports most damage as errors and some by a
+/// panic ("column start and length should not be negative"). After either, the file is not
+/// looked at again.
+fn contained<T>(file: &InputFile, call: impl FnOnce() -> parquet::errors::Result<T>) -> Result<T, DataError> {
+    let why = match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(error)) => error.to_string(),
+        Err(panic) => match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+            (Some(why), _) => (*why).to_owned(),
+            (None, Some(why)) => why.clone(),
+            (None, None) => "the reader gave up".to_owned(),
+        },
+    };
+    Err(DataError::BadParquet { path: file.path.clone(), why })
 }
 
 fn record_of(file: &InputFile, row: u64, field: Field) -> Result<Record, DataError> {
@@ -182,5 +195,54 @@ fn record_of(file: &InputFile, row: u64, field: Field) -> Result<Record, DataErr
             }
         }
         other => Err(bad(file, row, format!("it holds {other} where text or a list of integers belongs"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
+    /// Every byte of a small file changed in turn, and every length cut off: the result is data
+    /// or an error, not a panic inside the library.
+    #[test]
+    fn no_damage_to_a_parquet_file_brings_the_process_down() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data.parquet");
+        let schema = Arc::new(parse_message_type("message m { required binary text (UTF8); }").unwrap());
+        let mut writer =
+            SerializedFileWriter::new(File::create(&path).unwrap(), schema, Arc::default()).unwrap();
+        let mut rows = writer.next_row_group().unwrap();
+        let mut column = rows.next_column().unwrap().unwrap();
+        let texts = ["some text", "some other text"].map(|t| ByteArray::from(t.as_bytes().to_vec()));
+        column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+        column.close().unwrap();
+        rows.close().unwrap();
+        writer.close().unwrap();
+        let whole = fs::read(&path).unwrap();
+        let attempt = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            let (path, name) = (path.clone(), String::new());
+            let file = InputFile { path, name, kind: Kind::Parquet, named: true, size: 1, modified_ns: 0 };
+            let mut documents = 0;
+            read(&file, 100, &mut |_, _| {
+                documents += 1;
+                Ok(())
+            })
+            .map(|_| documents)
+        };
+        assert_eq!(attempt(&whole).unwrap(), 2);
+        let mut refused = 0;
+        for at in 0..whole.len() {
+            for flip in [0x01, 0x10, 0x80, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= flip;
+                refused += usize::from(attempt(&bytes).is_err());
+            }
+            assert!(attempt(&whole[..at]).is_err(), "cut at {at}");
+        }
+        assert!(refused > whole.len(), "{refused} refused");
     }
 }

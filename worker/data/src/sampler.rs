@@ -132,7 +132,7 @@ impl Sampler {
         for index in 0..self.shape.sequences_per_step() {
             let place = self.place(step, index)?;
             self.dataset.read(place.position + 1, &mut targets)?;
-            count += targets.iter().filter(|&&target| self.counts(target)).count() as u64;
+            count += targets.iter().filter(|&&target| self.is_counted(target)).count() as u64;
         }
         let mut counts = counts();
         counts.push_back((step.0, count));
@@ -160,7 +160,7 @@ impl Sampler {
     }
 
     /// A target that begins a document says nothing about the one before it.
-    fn counts(&self, target: u32) -> bool {
+    fn is_counted(&self, target: u32) -> bool {
         target != self.dataset.bos()
     }
 
@@ -173,7 +173,7 @@ impl Sampler {
             }
             batch.tokens.push(token);
             batch.targets.push(target);
-            batch.counted.push(self.counts(target));
+            batch.counted.push(self.is_counted(target));
             batch.document_start.push(start);
         }
     }

@@ -28,6 +28,10 @@ pub const LLAMA_BOS: u32 = 1;
 /// Id of `</s>`, likewise.
 pub const LLAMA_EOS: u32 = 2;
 
+/// The largest id that is believed: 64 times the largest vocabularies in use. A table with a
+/// place for every id is made, so a file must not be able to ask for any size.
+const LARGEST_ID: u32 = 1 << 24;
+
 /// Name of the token for one byte.
 pub(crate) fn byte_token(byte: u8) -> String {
     format!("<0x{byte:02X}>")
@@ -109,7 +113,11 @@ impl Tokenizer {
             byte_ids[usize::from(byte)] = id(&byte_token(byte))?;
         }
         id(&SPACE_MARK.to_string())?;
-        let surfaces = surfaces(&library, &byte_ids);
+        let vocab = library.get_vocab(true);
+        if let Some((token, id)) = vocab.iter().find(|&(_, &id)| id > LARGEST_ID) {
+            return Err(bad(format!("the token {token:?} has the id {id}, ids end at {LARGEST_ID}")));
+        }
+        let surfaces = surfaces(&library, vocab, &byte_ids);
         let (bos, eos) = (id(SPECIALS[1])?, id(SPECIALS[2])?);
         Ok(Self { model: model.clone(), cut, surfaces, bytes: byte_ids, bos, eos, path: path.to_owned() })
     }
@@ -191,8 +199,7 @@ fn cut_of(library: &Library) -> Result<Cut, String> {
     }
 }
 
-fn surfaces(library: &Library, bytes: &[u32; 256]) -> Vec<Surface> {
-    let vocab = library.get_vocab(true);
+fn surfaces(library: &Library, vocab: HashMap<String, u32>, bytes: &[u32; 256]) -> Vec<Surface> {
     let size = vocab.values().max().map_or(0, |&max| max as usize + 1);
     let mut surfaces = vec![Surface::Nothing; size];
     for (text, id) in vocab {
@@ -209,8 +216,9 @@ fn surfaces(library: &Library, bytes: &[u32; 256]) -> Vec<Surface> {
     surfaces
 }
 
-/// Pieces that an [`Encoder`] remembers: about 10 MB, and all of the frequent ones.
-const REMEMBERED_PIECES: usize = 1 << 16;
+/// Pieces that an [`Encoder`] remembers: about 100 bytes each, so 3 MB, and there are two
+/// encoders a thread. Pieces are remembered as they come, and the frequent ones come first.
+const REMEMBERED_PIECES: usize = 1 << 15;
 
 /// Longer pieces hardly come twice.
 const REMEMBERED_BYTES: usize = 32;

@@ -17,7 +17,7 @@ use std::path::Path;
 const BATCH_BYTES: usize = 8 << 20;
 
 /// Parts of a batch per thread, so that one with harder text does not keep the others waiting.
-const PARTS_PER_THREAD: usize = 4;
+const PARTS_PER_THREAD: usize = 2;
 
 /// Writes shards and the document table into `dir`. `borders` are the tokens that begin and
 /// end a document. Without a tokenizer, all documents must be ready tokens.

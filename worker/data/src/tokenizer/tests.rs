@@ -176,6 +176,8 @@ fn files_that_would_lose_text_or_are_no_tokenizers_are_refused_with_the_reason()
         vocab.insert("<end>".into(), id);
     });
     assert!(reason(&no_border).contains("</s>"));
+    let far = variant(|v| v["model"]["vocab"]["far away"] = u32::MAX.into());
+    assert!(reason(&far).contains("far away"), "{}", reason(&far));
     assert!(Tokenizer::load(Path::new("/no/such.json")).unwrap_err().to_string().contains("/no/such.json"));
 }
 
