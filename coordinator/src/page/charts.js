@@ -36,7 +36,7 @@ const PANELS = [
       { label: "rate", column: "rate", colour: "--curve-4", show: format.rate, width: 2, right: true },
     ],
     axis: (value) => String(+value.toPrecision(3)),
-    rightAxis: (value) => (value === 0 ? "0" : value.toExponential(0)),
+    rightAxis: (value) => (value === 0 ? "0" : Number(value.toPrecision(2)).toExponential()),
     rightFromZero: true,
   },
 ];
@@ -82,6 +82,7 @@ class Chart {
     this.plot?.destroy();
     const { width, height } = this.canvas.getBoundingClientRect();
     this.plot = new uPlot(this.#options(width, height), this.#data(), this.canvas);
+    this.plot.root.hidden = this.charts.steps.length === 0;
   }
 
   resize() {
@@ -91,6 +92,7 @@ class Chart {
 
   update() {
     this.empty.hidden = this.charts.steps.length > 0;
+    this.plot.root.hidden = !this.empty.hidden;
     this.plot.setData(this.#data(), false);
     this.plot.setScale("x", this.charts.range());
     if (this.plot.cursor.idx == null) this.read(null);

@@ -6,7 +6,9 @@ const MOST_POINTS = 20_000;
 // The newest points are never thinned: they are what one looks at.
 const KEPT_WHOLE = 2_000;
 // The smooth curve forgets over this part of the steps shown.
-const SMOOTHING = 1 / 60;
+const SMOOTHING = 1 / 30;
+// … and at first over so many, or it would be as rough as what it smooths.
+const SHORTEST_MEMORY = 8;
 
 const COLUMNS = {
   step: (m) => m.step,
@@ -65,7 +67,7 @@ export class Steps {
   // An exponential mean over steps (not points: older ones are thinner). A value that is no
   // number leaves a hole in the raw curve and does not poison this one.
   #mean(values) {
-    const span = Math.max(3, (this.last - (this.step[0] ?? 0)) * SMOOTHING);
+    const span = Math.max(SHORTEST_MEMORY, (this.last - (this.step[0] ?? 0)) * SMOOTHING);
     let sum = 0;
     let weight = 0;
     return values.map((value, i) => {
