@@ -14,9 +14,10 @@ use crate::trace::Trace;
 use caravan_coordinator_core::{Core, Input, Millis, Output, Record, Session};
 use caravan_types::message::{Farewell, FromWorker, Hello, Refusal, ToWorker, Welcome};
 use caravan_types::status::{Event, Phase};
+use caravan_types::task::SavedPart;
 use caravan_types::{Generation, Step, WorkerId};
 use caravan_wire::Down;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -79,6 +80,10 @@ pub(crate) struct Driver<S> {
     slow: Vec<Session>,
     /// Whoever waits for an answer to the input at hand.
     asking: Option<oneshot::Sender<Phase>>,
+    /// Checkpoints to be completed, oldest first: one at a time, since completing one removes
+    /// what is left of older ones. A few kilobytes for each that the disk is behind.
+    incomplete: VecDeque<(Generation, Step, Vec<SavedPart>)>,
+    /// The one that is being completed.
     saving: JoinSet<Input>,
     trace: Trace,
     shown: Shown,
@@ -100,7 +105,10 @@ impl<S: Store> Driver<S> {
         let trace = Trace::new(&parts.welcome.spec);
         let shown = Shown { at: parts.origin, what: (Phase::Gathering, Generation(0), None), stale: true };
         let (links, slow, asking, saving) = (BTreeMap::new(), Vec::new(), None, JoinSet::new());
-        (Self { parts, mailbox, links, slow, asking, saving, trace, shown, broken: false }, requests)
+        let incomplete = VecDeque::new();
+        let driver =
+            Self { parts, mailbox, links, slow, asking, incomplete, saving, trace, shown, broken: false };
+        (driver, requests)
     }
 
     /// Runs until the run is over; says how it ended.
@@ -158,7 +166,10 @@ impl<S: Store> Driver<S> {
                         return Ok(input);
                     }
                 }
-                Some(Ok(completed)) = self.saving.join_next() => return Ok(completed),
+                Some(Ok(completed)) = self.saving.join_next() => {
+                    self.complete_next();
+                    return Ok(completed);
+                }
                 () = sleep_until(deadline.unwrap_or(show)), if deadline.is_some() => return Ok(Input::Tick),
                 () = sleep_until(show), if self.shown.stale => self.publish().await,
             }
@@ -198,6 +209,19 @@ impl<S: Store> Driver<S> {
         Ok(self.parts.store.append(&records).await?)
     }
 
+    /// Starts to complete the oldest checkpoint that waits, unless another one is at it.
+    fn complete_next(&mut self) {
+        if !self.saving.is_empty() {
+            return;
+        }
+        let Some((generation, step, parts)) = self.incomplete.pop_front() else { return };
+        let checkpoints = Arc::clone(&self.parts.checkpoints);
+        self.saving.spawn(async move {
+            let result = checkpoints.complete(generation, step, parts).await;
+            Input::Completed { generation, step, result }
+        });
+    }
+
     /// Does one thing that the core wants done; says so when that was the last one.
     async fn carry_out(&mut self, output: Output) -> Option<Farewell> {
         match output {
@@ -209,11 +233,8 @@ impl<S: Store> Driver<S> {
             }
             Output::Send { worker, message } => self.send(worker, message),
             Output::Complete { generation, step, parts } => {
-                let checkpoints = Arc::clone(&self.parts.checkpoints);
-                self.saving.spawn(async move {
-                    let result = checkpoints.complete(generation, step, parts).await;
-                    Input::Completed { generation, step, result }
-                });
+                self.incomplete.push_back((generation, step, parts));
+                self.complete_next();
             }
             Output::Note(event) => {
                 self.trace.happened(&event);
