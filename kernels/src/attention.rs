@@ -340,7 +340,7 @@ mod tests {
     fn naive(shape: &Shape, qkv: &[f64], document_start: &[u32]) -> Vec<f64> {
         let (d, width) = (shape.head, (shape.heads + 2 * shape.kv_heads) * shape.head);
         let mut out = Vec::new();
-        for row in 0..shape.sequences * shape.keys {
+        for (row, start) in document_start.iter().enumerate() {
             let (sequence, position) = (row / shape.keys, row % shape.keys);
             for head in 0..shape.heads {
                 let kv = head / shape.group();
@@ -352,7 +352,7 @@ mod tests {
                     let score: f64 = q.iter().zip(k).map(|(q, k)| q * k).sum();
                     libm::exp(score / (d as f64).sqrt())
                 };
-                let seen = document_start[row] as usize..=position;
+                let seen = *start as usize..=position;
                 let total: f64 = seen.clone().map(weight).sum();
                 out.extend((0..d).map(|i| {
                     let value = |key| part(at(key), (shape.heads + shape.kv_heads + kv) * d)[i];

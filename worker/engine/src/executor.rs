@@ -260,8 +260,8 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         for id in slices.iter() {
             let gradient = self.gradients.last(step, id, self.state.slice(id)?)?;
             self.state.apply(&self.cpu, id, &update, gradient)?;
-            self.gradients.applied(step, id);
         }
+        self.gradients.applied(step, slices);
         Ok(())
     }
 

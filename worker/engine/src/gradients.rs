@@ -7,7 +7,7 @@
 use crate::EngineError;
 use caravan_kernels::{Cpu, add};
 use caravan_types::peer::Key;
-use caravan_types::{Node, Slice, SliceId, Step};
+use caravan_types::{Node, Slice, SliceId, SliceSet, Step};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -150,7 +150,12 @@ impl Gradients {
             Cow::Borrowed(_) if self.find_own(step, root).is_some() => Final::Root(step),
             sum => Final::Sum(step, sum.into_owned()),
         };
-        self.received.retain(|(s, i, _), _| (*s, *i) != (step, id));
+        let (first, last) = (Node { level: 0, index: 0 }, Node { level: u8::MAX, index: u32::MAX });
+        let used = self.received.range((step, id, first)..=(step, id, last));
+        let used: Vec<_> = used.map(|(key, _)| *key).collect();
+        for key in used {
+            self.received.remove(&key);
+        }
         self.finals[id.0 as usize] = sum;
         self.last(step, id, slice)
     }
@@ -191,9 +196,10 @@ impl Gradients {
         }
     }
 
-    /// Frees a slice's final gradient and what else of it belongs to no later step.
-    pub(crate) fn applied(&mut self, step: Step, id: SliceId) {
-        self.finals[id.0 as usize] = Final::None;
-        self.received.retain(|(s, i, _), _| *i != id || *s > step);
+    /// Frees the final gradients of slices that are applied, and what was received for this
+    /// step or earlier ones: a step is applied only when every sum of it has been used.
+    pub(crate) fn applied(&mut self, step: Step, slices: &SliceSet) {
+        slices.iter().for_each(|id| self.finals[id.0 as usize] = Final::None);
+        self.received.retain(|(s, ..), _| *s > step);
     }
 }
