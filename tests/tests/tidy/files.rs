@@ -64,7 +64,7 @@ pub fn has_word(line: &str, word: &str) -> bool {
     })
 }
 
-/// All files of the repository that git does not ignore, binary ones with what of them is text.
+/// All files of the repository that git does not ignore; of binary ones, none is text.
 pub fn files() -> Vec<File> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let mut git = Command::new("git");
@@ -75,7 +75,7 @@ pub fn files() -> Vec<File> {
     let read = |path: &str| {
         // A file that was removed and not yet committed is listed, and is not there.
         let content = std::fs::read(root.join(path)).ok()?;
-        let text = String::from_utf8_lossy(&content).into_owned();
+        let text = String::from_utf8(content.clone()).unwrap_or_default();
         Some(File { path: path.to_owned(), text, bytes: content.len() as u64 })
     };
     let mut files: Vec<File> = paths.split_terminator('\0').filter_map(read).collect();
