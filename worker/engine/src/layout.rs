@@ -10,13 +10,13 @@ type Elements = Range<usize>;
 /// One transformer layer's tensors.
 #[derive(Clone, Debug)]
 pub struct Layer {
-    /// Gain of the norm before attention, [dim].
+    /// Gain of the norm before attention, `[dim]`.
     pub attention_norm: Elements,
     /// Query, key and value projections as one matrix, [dim + 2·kv, dim].
     pub qkv: Elements,
     /// Output projection of attention, [dim, dim].
     pub output: Elements,
-    /// Gain of the norm before the feed-forward network, [dim].
+    /// Gain of the norm before the feed-forward network, `[dim]`.
     pub mlp_norm: Elements,
     /// Gate and up projections as one matrix, [2·hidden, dim].
     pub gate_up: Elements,
@@ -45,7 +45,7 @@ pub struct Layout {
     pub embedding: Elements,
     /// The layers.
     pub layers: Vec<Layer>,
-    /// Gain of the final norm, [dim].
+    /// Gain of the final norm, `[dim]`.
     pub final_norm: Elements,
     /// The head, [vocab, dim].
     pub head_weight: Elements,
