@@ -50,6 +50,7 @@ impl MetricsFile {
     pub(super) fn add(&mut self, line: &impl Serialize) {
         if self.pending.len() > MAX_PENDING {
             self.pending.clear();
+            self.pending.push(b'\n');
         }
         match serde_json::to_writer(&mut self.pending, line) {
             Ok(()) => self.pending.push(b'\n'),
