@@ -18,6 +18,8 @@ mod driver;
 mod engine;
 mod error;
 mod fabric;
+#[cfg(test)]
+mod log;
 mod machine;
 mod session;
 mod signals;

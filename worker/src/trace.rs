@@ -37,7 +37,10 @@ impl Trace {
                 self.generation = Some(span);
             }
             Output::Task(Task::Compute { step, .. }) if self.step.as_ref().is_none_or(|(s, _)| s != step) => {
-                self.step = Some((*step, info_span!(parent: self.current(), "step", step = step.0)));
+                // Not under the step before: a span keeps its parent open, and so on to the first.
+                let parent = self.generation.as_ref().unwrap_or(&self.run);
+                let span = info_span!(parent: parent, "step", step = step.0);
+                self.step = Some((*step, span));
             }
             Output::Send { message: PeerMessage::Prepared(vote), .. } if self.prepare.is_none() => {
                 let span = info_span!(parent: self.current(), "prepare", step = vote.step.0);
@@ -51,5 +54,60 @@ impl Trace {
     /// The span that new work belongs to.
     pub fn current(&self) -> Span {
         self.step.as_ref().map(|(_, span)| span).or(self.generation.as_ref()).unwrap_or(&self.run).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::Log;
+    use caravan_types::Generation;
+    use caravan_types::message::Committed;
+    use caravan_types::peer::Prepared;
+
+    /// The spans that are open, outermost first, as a log line shows them.
+    fn open(trace: &Trace, log: &Log) -> String {
+        trace.current().in_scope(|| tracing::info!("here"));
+        let text = log.text();
+        let line = text.lines().last().unwrap();
+        line.split_once("INFO ").unwrap().1.split_once(": caravan").unwrap().0.to_owned()
+    }
+
+    #[test]
+    fn work_belongs_to_the_step_of_the_generation_of_the_run() {
+        let log = Log::default();
+        let _guard = log.listen();
+        let mut trace = Trace::new("tiny", WorkerId(3));
+        assert_eq!(open(&trace, &log), "run{run=\"tiny\" worker=w3}");
+        let (generation, peers) = (Generation(2), Vec::new());
+        let run = open(&trace, &log);
+        trace.observe(&Output::Connect { generation, peers });
+        assert_eq!(open(&trace, &log), format!("{run}:generation{{generation=2 peers=0}}"));
+        let compute = |step| Output::Task(Task::Compute { generation, step: Step(step), lanes: 0..1 });
+        for step in [7, 8] {
+            trace.observe(&compute(step));
+            let inside = format!("{run}:generation{{generation=2 peers=0}}:step{{step={step}}}");
+            assert_eq!(open(&trace, &log), inside);
+        }
+        trace.observe(&Output::Fence(Generation(3)));
+        assert_eq!(open(&trace, &log), run);
+    }
+
+    #[test]
+    fn waiting_for_votes_is_measured_from_the_first_vote_to_the_commit() {
+        let log = Log::default();
+        let _guard = log.listen();
+        let mut trace = Trace::new("tiny", WorkerId(3));
+        let vote = Prepared { step: Step(1), norms: Vec::new(), losses: Vec::new(), stop_for: None };
+        let vote = |to| Output::Send { to: WorkerId(to), message: PeerMessage::Prepared(vote.clone()) };
+        trace.observe(&vote(1));
+        let first = trace.prepare.as_ref().unwrap().id();
+        assert!(first.is_some());
+        trace.observe(&vote(2));
+        assert_eq!(trace.prepare.as_ref().unwrap().id(), first);
+        let (generation, step) = (Generation(1), Step(1));
+        let committed = Committed { generation, step, loss: 1.0, norm: 1.0, took_ms: 1 };
+        trace.observe(&Output::Tell(FromWorker::Committed(committed)));
+        assert!(trace.prepare.is_none());
     }
 }

@@ -12,6 +12,7 @@ use caravan_types::{
 };
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
@@ -22,6 +23,7 @@ struct Run {
     dir: TempDir,
     data: PathBuf,
     spec: RunSpec,
+    detect_ms: u64,
 }
 
 impl Run {
@@ -46,7 +48,8 @@ impl Run {
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
         };
         let data = prepared.dir;
-        Self { dir, data, spec }
+        // Long enough for a loaded machine, where nothing waits for it to pass.
+        Self { dir, data, spec, detect_ms: 20_000 }
     }
 
     fn welcome(&self, worker: u64) -> Welcome {
@@ -54,7 +57,7 @@ impl Run {
             worker: WorkerId(worker),
             spec: self.spec.clone(),
             redundancy: 2,
-            detect_ms: 20_000,
+            detect_ms: self.detect_ms,
             checkpoint_every: 0,
             data: self.data.to_str().unwrap().into(),
             checkpoints: self.dir.path().join("checkpoints").to_str().unwrap().into(),
@@ -160,7 +163,7 @@ async fn one_two_and_four_workers_commit_the_same_bits() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_whose_peer_dies_tells_of_it() {
-    let (run, mut stub) = (Run::new(), Stub::start().await);
+    let (run, mut stub) = (Run { detect_ms: 500, ..Run::new() }, Stub::start().await);
     let (mut workers, mut talks, members) = gather(&run, &mut stub, 2).await;
     // The second one never gets the plan, so nobody can commit.
     talks[0].say(ToWorker::Plan(run.plan(&members))).await;
@@ -190,6 +193,37 @@ async fn a_worker_without_its_coordinator_ends() {
     drop(stub.take_on(run.welcome(1)).await);
     let ended = worker.await.unwrap();
     assert!(ended.as_ref().unwrap_err().to_string().starts_with("coordinator is gone"), "{ended:?}");
+}
+
+/// The address that a child process of the test below works for.
+const COORDINATOR: &str = "CARAVAN_TEST_COORDINATOR";
+
+/// Signals are for a whole process, so the worker has one of its own: this test again, told by
+/// the environment to be the worker.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_signal_asks_to_leave_and_the_second_one_ends_at_once() {
+    if let Ok(coordinator) = std::env::var(COORDINATOR) {
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let ended = run(Options { coordinator, listen, threads: 1, name: None }).await;
+        std::process::exit(Exit::from(&ended) as i32);
+    }
+    let (run, mut stub) = (Run::new(), Stub::start().await);
+    let mut worker = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "driver::tests::the_first_signal_asks_to_leave_and_the_second_one_ends_at_once"])
+        .env(COORDINATOR, &stub.address)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let (mut talk, _) = stub.take_on(run.welcome(1)).await;
+    let signal = || {
+        let kill = format!("kill -TERM {}", worker.id());
+        assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    };
+    signal();
+    assert_eq!(talk.news().await, Some(FromWorker::Leaving));
+    signal();
+    assert_eq!(talk.news().await, None, "the session ends with the process");
+    assert_eq!(worker.wait().unwrap().code(), Some(Exit::Interrupted as i32));
 }
 
 #[tokio::test]

@@ -2,12 +2,11 @@
 //! sends disturbs them.
 
 use super::*;
+use crate::log::Log;
 use caravan_types::message::PROTOCOL_VERSION;
 use caravan_types::peer::{Key, Prepared};
 use caravan_types::{ModelShape, SliceId, Step};
 use caravan_wire::frame::{self, FrameHeader, Hello};
-use std::net::SocketAddr;
-use std::sync::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -234,9 +233,7 @@ fn strange() -> Vec<(Vec<u8>, &'static str)> {
 #[tokio::test]
 async fn strangers_are_turned_away_with_a_reason_and_nobody_else_notices() {
     let log = Log::default();
-    let _guard = tracing::subscriber::set_default(
-        tracing_subscriber::fmt().with_ansi(false).with_writer(log.writer()).finish(),
-    );
+    let _guard = log.listen();
     let ((mut a, at_a), (b, _)) = pair(LONG).await;
     a.fence(G1);
     say(&b, 1, vote(1));
@@ -246,7 +243,7 @@ async fn strangers_are_turned_away_with_a_reason_and_nobody_else_notices() {
         let address = stranger.local_addr().unwrap();
         stranger.write_all(&bytes).await.unwrap();
         during(&mut a, turned_away(&mut stranger)).await;
-        assert_eq!(log.lines(address, reason), 1, "{address} {reason}\n{}", log.text());
+        assert_eq!(log.lines(&[&format!("peer={address}"), reason]), 1, "{address} {reason}\n{}", log.text());
     }
     say(&b, 1, vote(2));
     assert_eq!(hear(&mut a).await.2, vote(2));
@@ -298,9 +295,7 @@ async fn a_member_that_sends_rubbish_is_lost_and_the_others_are_not() {
     let (sample, _) = fabric(1, LONG).await;
     for (bytes, reason) in broken(&sample) {
         let log = Log::default();
-        let _guard = tracing::subscriber::set_default(
-            tracing_subscriber::fmt().with_ansi(false).with_writer(log.writer()).finish(),
-        );
+        let _guard = log.listen();
         let ((mut a, at_a), (mut c, at_c)) = (fabric(1, LONG).await, fabric(3, LONG).await);
         // Stays open, so that nothing but the rubbish can be what loses the member.
         let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -321,35 +316,4 @@ async fn turned_away(stranger: &mut TcpStream) {
     // Bytes that were not read make it a reset.
     let end = timeout(LONG, stranger.read(&mut [0])).await.unwrap();
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
-}
-
-/// What was logged on this thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn writer(&self) -> impl Fn() -> Self + use<> {
-        let log = self.clone();
-        move || log.clone()
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
-    }
-
-    fn lines(&self, address: SocketAddr, reason: &str) -> usize {
-        let address = format!("peer={address}");
-        self.text().lines().filter(|line| line.contains(&address) && line.contains(reason)).count()
-    }
-}
-
-impl std::io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
