@@ -215,6 +215,9 @@ async fn the_first_signal_asks_to_leave_and_the_second_one_ends_at_once() {
         .spawn()
         .unwrap();
     let (mut talk, _) = stub.take_on(run.welcome(1)).await;
+    // Once it answers it knows that it was taken on; before that, one signal is enough.
+    talk.say(ToWorker::Stop { generation: Generation(1), boundary: false }).await;
+    assert!(matches!(talk.news().await, Some(FromWorker::Report(_))));
     let signal = || {
         let kill = format!("kill -TERM {}", worker.id());
         assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
