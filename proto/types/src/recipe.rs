@@ -48,7 +48,8 @@ impl Default for Recipe {
 impl Recipe {
     /// The learning rate with which `step` (1 for the first) is applied: linear from
     /// `peak / warmup` to the peak, then half a cosine down to `final_ratio · peak` at the
-    /// last step, and flat after it.
+    /// last step, and flat after it. The cosine is the `libm` crate's: the same bits on every
+    /// machine, which the platform's does not promise.
     #[must_use]
     pub fn learning_rate_at(&self, step: Step) -> f64 {
         let (s, warmup, end) = (step.0 as f64, self.warmup_steps as f64, self.steps as f64);
@@ -56,7 +57,7 @@ impl Recipe {
             return self.learning_rate * s / warmup;
         }
         let done = if end > warmup { ((s - warmup) / (end - warmup)).min(1.0) } else { 1.0 };
-        let cosine = 0.5 * (1.0 + (PI * done).cos());
+        let cosine = 0.5 * (1.0 + libm::cos(PI * done));
         self.learning_rate * (self.final_ratio + (1.0 - self.final_ratio) * cosine)
     }
 

@@ -55,8 +55,8 @@ const EVERYTHING: &[&str] = &[
 /// runtime, no clock and no randomness that they could ask.
 const PURE: [&str; 3] = ["proto/types", "coordinator/core", "worker/core"];
 
-/// Derives for data and errors.
-const PURE_DEPENDENCIES: [&str; 3] = ["caravan-types", "serde", "thiserror"];
+/// Derives for data and errors, and arithmetic that has the same bits everywhere.
+const PURE_DEPENDENCIES: [&str; 4] = ["caravan-types", "libm", "serde", "thiserror"];
 
 /// What the standard library has of the outside world, and of orders that differ from run to
 /// run. Time and randomness are arguments of a core; its outputs are data.

@@ -6,7 +6,8 @@
 //! CACHE/DIGEST/                prepared data, by content; complete or not there
 //! CACHE/DIGEST.partial/        … while it is being moved; PID.partial while it is written
 //! ```
-//! A second start lists the files, finds their fingerprint unchanged, and opens the result.
+//! A second start lists the files, finds their fingerprint unchanged, and opens the result once
+//! its bytes match their hashes.
 //! Anything else is prepared again from the start: the steps are too quick to be worth
 //! resuming, and a half-prepared folder that is never looked at cannot be mistaken for a whole one.
 
@@ -277,7 +278,9 @@ impl Memory {
             return Ok(Recall::Nothing);
         }
         let dir = cache.join(remembered.prepared.to_string());
-        match Dataset::open(&dir) {
+        // Every byte is read: a flipped one would train other weights than the run spec says, and
+        // hashing costs less than a second a gigabyte.
+        match Dataset::open(&dir).and_then(|data| data.verify().map(|()| data)) {
             Ok(data) if data.spec().digest == remembered.prepared => Ok(Recall::Ready(Prepared {
                 dir,
                 spec: data.spec(),
