@@ -202,7 +202,7 @@ impl Journal {
     }
 
     fn committed(&mut self, committed: &Committed, workers: u32, at: Instant) {
-        let Committed { generation, step, loss, norm, took_ms } = *committed;
+        let Committed { generation, step, loss, norm, took_ms, .. } = *committed;
         // Within a generation, the time between two commits; its first step has none before it
         // that it could be measured from, and goes by what the member measured.
         let seconds = match self.last_commit {

@@ -54,7 +54,7 @@ impl Trace {
 
     /// Logs a commit; its span ends and the next one's begins.
     pub(crate) fn committed(&mut self, committed: &Committed, workers: u32) {
-        let Committed { generation, step, loss, norm, took_ms } = *committed;
+        let Committed { generation, step, loss, norm, took_ms, .. } = *committed;
         self.step.record("loss", loss);
         self.step.record("norm", norm);
         let span = if self.step.is_none() { &self.run } else { &self.step };

@@ -134,8 +134,14 @@ impl Worker {
     }
 
     async fn commit(&self, generation: Generation, step: u64) {
-        let committed =
-            Committed { generation, step: Step(step), loss: 9.0 - step as f64, norm: 1.5, took_ms: 10 };
+        let committed = Committed {
+            generation,
+            step: Step(step),
+            loss: 9.0 - step as f64,
+            norm: 1.5,
+            tokens: 100,
+            took_ms: 10,
+        };
         self.say(FromWorker::Committed(committed)).await;
     }
 }

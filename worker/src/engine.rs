@@ -12,7 +12,7 @@ mod saver;
 use crate::fabric::Link;
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::task::{Done, Task};
-use caravan_types::{Generation, SliceTable};
+use caravan_types::{BatchShape, Generation, SliceTable};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -78,10 +78,11 @@ const MOST_PEERS: usize = 1024;
 const REPORTS: usize = 256;
 
 /// How many frames one peer can have to say in two steps: in each, every node of the lane
-/// tree (2 · lanes − 1), the weights and the state of every slice.
+/// tree (2 · lanes − 1), the weights and the state of every slice, and every micro-batch.
 #[must_use]
-pub fn frames_of_two_steps(table: &SliceTable, lanes: u32) -> usize {
-    2 * table.len() * (2 * lanes as usize + 1)
+pub fn frames_of_two_steps(table: &SliceTable, batch: &BatchShape) -> usize {
+    let (lanes, micro_batches) = (batch.lanes as usize, batch.micro_batches as usize);
+    2 * (table.len() * (2 * lanes + 1) + lanes * micro_batches)
 }
 
 enum Job {
@@ -94,8 +95,8 @@ impl fmt::Display for Job {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Run(task) => write!(f, "{task:?}"),
-            Self::Put(key, _) => write!(f, "storing {key:?}"),
-            Self::Send(key, _) => write!(f, "sending {key:?}"),
+            Self::Put(key, _) => write!(f, "storing, of {key}"),
+            Self::Send(key, _) => write!(f, "sending, of {key}"),
         }
     }
 }
@@ -246,8 +247,11 @@ fn guarded(
 /// The phase of a step that a job is part of, as a span.
 fn phase(parent: &Span, job: &Job) -> Span {
     match job {
-        Job::Run(Task::Compute { step, lanes, .. }) => {
-            info_span!(parent: parent, "compute", step = step.0, lanes = ?lanes)
+        Job::Run(Task::Forward { step, micro, .. }) => {
+            info_span!(parent: parent, "forward", step = step.0, lane = micro.lane, micro = micro.index)
+        }
+        Job::Run(Task::Backward { step, micro, .. }) => {
+            info_span!(parent: parent, "backward", step = step.0, lane = micro.lane, micro = micro.index)
         }
         Job::Run(Task::Reduce { step, slice, .. }) => {
             tracing::debug_span!(parent: parent, "reduce", step = step.0, slice = slice.0)
@@ -262,13 +266,14 @@ fn phase(parent: &Span, job: &Job) -> Span {
             info_span!(parent: parent, "load", step = step.0, slices = slices.len())
         }
         Job::Run(Task::Init { slices, .. }) => info_span!(parent: parent, "init", slices = slices.len()),
-        Job::Run(Task::Reset | Task::Install(_) | Task::Drop(_)) | Job::Put(..) => {
+        Job::Run(Task::Place { .. } | Task::Install(_) | Task::Drop(_) | Task::Narrow { .. })
+        | Job::Put(..) => {
             tracing::trace_span!(parent: parent, "store")
         }
         Job::Send(Key::Weights { step, slice }, _) => {
             tracing::debug_span!(parent: parent, "publish", step = step.0, slice = slice.0)
         }
-        Job::Send(key, _) => tracing::debug_span!(parent: parent, "send", slice = key.slice().0),
+        Job::Send(key, _) => tracing::debug_span!(parent: parent, "send", key = %key),
     }
 }
 

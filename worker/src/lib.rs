@@ -80,7 +80,7 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
     tracing::info!(worker = %welcome.worker, run = spec.name, fabric = %fabric, "taken on");
     let slices = SliceTable::new(&spec.model);
     let (engine, reports) = {
-        let frames = frames_of_two_steps(&slices, spec.batch.lanes);
+        let frames = frames_of_two_steps(&slices, &spec.batch);
         let (fence, threads) = (Arc::default(), options.threads);
         let build = machine::builder(&welcome, threads, Arc::clone(&fence));
         Engine::start(build, machine::writer(&welcome), fence, frames).map_err(WorkerError::Start)?
@@ -116,7 +116,7 @@ fn config(welcome: &Welcome) -> Config {
     Config {
         worker: welcome.worker,
         shape: welcome.spec.model.clone(),
-        lanes: welcome.spec.batch.lanes,
+        batch: welcome.spec.batch,
         steps: welcome.spec.recipe.steps,
         checkpoint_every: welcome.checkpoint_every,
         detect_ms: welcome.detect_ms,
@@ -128,7 +128,8 @@ fn settings(welcome: &Welcome, slices: SliceTable) -> Settings {
         worker: welcome.worker,
         run: digest(&welcome.spec),
         slices,
-        lanes: welcome.spec.batch.lanes,
+        batch: welcome.spec.batch,
+        dim: welcome.spec.model.dim,
         detect: Duration::from_millis(welcome.detect_ms),
     }
 }

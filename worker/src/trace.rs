@@ -36,7 +36,7 @@ impl Trace {
                 let span = info_span!(parent: &self.run, "generation", generation = generation.0, peers);
                 self.generation = Some(span);
             }
-            Output::Task(Task::Compute { step, .. }) if self.step.as_ref().is_none_or(|(s, _)| s != step) => {
+            Output::Task(Task::Forward { step, .. }) if self.step.as_ref().is_none_or(|(s, _)| s != step) => {
                 // Not under the step before: a span keeps its parent open, and so on to the first.
                 let parent = self.generation.as_ref().unwrap_or(&self.run);
                 let span = info_span!(parent: parent, "step", step = step.0);
@@ -61,9 +61,9 @@ impl Trace {
 mod tests {
     use super::*;
     use crate::log::Log;
-    use caravan_types::Generation;
     use caravan_types::message::Committed;
     use caravan_types::peer::Prepared;
+    use caravan_types::{Generation, MicroId};
 
     /// The spans that are open, outermost first, as a log line shows them.
     fn open(trace: &Trace, log: &Log) -> String {
@@ -83,7 +83,8 @@ mod tests {
         let run = open(&trace, &log);
         trace.observe(&Output::Connect { generation, peers });
         assert_eq!(open(&trace, &log), format!("{run}:generation{{generation=2 peers=0}}"));
-        let compute = |step| Output::Task(Task::Compute { generation, step: Step(step), lanes: 0..1 });
+        let micro = MicroId { lane: 0, index: 0 };
+        let compute = |step| Output::Task(Task::Forward { generation, step: Step(step), micro });
         for step in [7, 8] {
             trace.observe(&compute(step));
             let inside = format!("{run}:generation{{generation=2 peers=0}}:step{{step={step}}}");
@@ -98,7 +99,7 @@ mod tests {
         let log = Log::default();
         let _guard = log.listen();
         let mut trace = Trace::new("tiny", WorkerId(3));
-        let vote = Prepared { step: Step(1), norms: Vec::new(), losses: Vec::new(), stop_for: None };
+        let vote = Prepared { step: Step(1), norms: Vec::new(), lanes: Vec::new(), stop_for: None };
         let vote = |to| Output::Send { to: WorkerId(to), message: PeerMessage::Prepared(vote.clone()) };
         trace.observe(&vote(1));
         let first = trace.prepare.as_ref().unwrap().id();
@@ -106,7 +107,7 @@ mod tests {
         trace.observe(&vote(2));
         assert_eq!(trace.prepare.as_ref().unwrap().id(), first);
         let (generation, step) = (Generation(1), Step(1));
-        let committed = Committed { generation, step, loss: 1.0, norm: 1.0, took_ms: 1 };
+        let committed = Committed { generation, step, loss: 1.0, norm: 1.0, tokens: 1, took_ms: 1 };
         trace.observe(&Output::Tell(FromWorker::Committed(committed)));
         assert!(trace.prepare.is_none());
     }

@@ -100,6 +100,7 @@ mod tests {
             step: Step(step),
             loss: 1.0,
             norm: step as f64 + 0.5,
+            tokens: 1,
             took_ms: 1,
         }
     }

@@ -171,7 +171,7 @@ fn message(words: &Words<'_>) -> FromWorker {
         "diverged" => FromWorker::Diverged { generation, step, slice: SliceId(0) },
         "commits" => {
             let norm = step.0 as f64 + 0.5;
-            FromWorker::Committed(Committed { generation, step, loss: 2.5, norm, took_ms: 10 })
+            FromWorker::Committed(Committed { generation, step, loss: 2.5, norm, tokens: 8, took_ms: 10 })
         }
         "reports" => FromWorker::Report(Report {
             generation,

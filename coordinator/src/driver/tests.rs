@@ -257,7 +257,8 @@ async fn the_end_is_told_to_everybody_before_it_is_the_end() {
                 b.say(0, heartbeat).await;
                 applied = Step(1);
                 let (generation, step) = (plan.generation, applied);
-                let committed = Committed { generation, step, loss: 5.0, norm: 1.0, took_ms: 10 };
+                let committed =
+                    Committed { generation, step, loss: 5.0, norm: 1.0, tokens: 100, took_ms: 10 };
                 b.say(0, FromWorker::Committed(committed)).await;
                 let (reply, answer) = phase.take().unwrap();
                 b.requests.send(Request::Drain { reply }).await.unwrap();

@@ -19,7 +19,14 @@ pub(crate) fn spec() -> RunSpec {
 }
 
 fn committed(generation: u64, step: u64) -> Committed {
-    Committed { generation: Generation(generation), step: Step(step), loss: 5.0, norm: 1.5, took_ms: 500 }
+    Committed {
+        generation: Generation(generation),
+        step: Step(step),
+        loss: 5.0,
+        norm: 1.5,
+        tokens: 100,
+        took_ms: 500,
+    }
 }
 
 fn lines(path: &Path) -> Vec<Value> {

@@ -1,6 +1,8 @@
 //! The shape of a global batch, and one micro-batch of it.
 
+use crate::Lane;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// How a global batch is cut: lanes × micro-batches × sequences × tokens. Part of the run
 /// spec, never of the cluster.
@@ -24,10 +26,31 @@ impl BatchShape {
         u64::from(self.lanes) * u64::from(self.micro_batches) * u64::from(self.sequences)
     }
 
+    /// Tokens in a micro-batch: rows of what two stages say to each other.
+    #[must_use]
+    pub fn tokens_per_micro_batch(&self) -> u64 {
+        u64::from(self.sequences) * u64::from(self.sequence_length)
+    }
+
     /// Tokens in a global batch.
     #[must_use]
     pub fn tokens_per_step(&self) -> u64 {
         self.sequences_per_step() * u64::from(self.sequence_length)
+    }
+}
+
+/// Which micro-batch of a step: its lane, and its number within the lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct MicroId {
+    /// The lane.
+    pub lane: Lane,
+    /// `0..micro_batches`.
+    pub index: u32,
+}
+
+impl fmt::Display for MicroId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "lane {}, micro-batch {}", self.lane, self.index)
     }
 }
 

@@ -18,7 +18,7 @@ pub mod slices;
 pub mod status;
 pub mod task;
 
-pub use batch::{BatchShape, MicroBatch};
+pub use batch::{BatchShape, MicroBatch, MicroId};
 pub use ids::{Digest, Generation, SliceId, Step, UnitId, WorkerId};
 pub use lanes::{Lane, Node};
 pub use model::{ModelShape, Parameter};

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// A worker introduces itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,6 +157,8 @@ pub struct Committed {
     pub loss: f64,
     /// Global gradient norm before clipping.
     pub norm: f64,
+    /// Counted tokens of the global batch.
+    pub tokens: u64,
     /// Milliseconds since the member's last commit or the start of its generation.
     pub took_ms: u64,
 }

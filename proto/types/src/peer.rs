@@ -1,7 +1,8 @@
 //! What workers of one generation say to each other over the fabric.
 
-use crate::{Generation, Lane, Node, SliceId, Step};
+use crate::{Generation, Lane, MicroId, Node, SliceId, Step};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Names a piece of tensor data: what a frame carries and what the engine stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -30,6 +31,20 @@ pub enum Key {
         /// The slice.
         slice: SliceId,
     },
+    /// The residual stream of a micro-batch on its way to the next stage: [tokens, dim], fp32.
+    Activation {
+        /// The step.
+        step: Step,
+        /// The micro-batch.
+        micro: MicroId,
+    },
+    /// The loss's gradient in that residual stream, on its way back: [tokens, dim], fp32.
+    ActivationGradient {
+        /// The step.
+        step: Step,
+        /// The micro-batch.
+        micro: MicroId,
+    },
 }
 
 impl Key {
@@ -37,15 +52,38 @@ impl Key {
     #[must_use]
     pub fn step(&self) -> Step {
         match *self {
-            Self::Partial { step, .. } | Self::Weights { step, .. } | Self::State { step, .. } => step,
+            Self::Partial { step, .. }
+            | Self::Weights { step, .. }
+            | Self::State { step, .. }
+            | Self::Activation { step, .. }
+            | Self::ActivationGradient { step, .. } => step,
         }
     }
 
-    /// The slice that the data belongs to.
+    /// The slice that the data belongs to; none for what belongs to a micro-batch.
     #[must_use]
-    pub fn slice(&self) -> SliceId {
+    pub fn slice(&self) -> Option<SliceId> {
         match *self {
-            Self::Partial { slice, .. } | Self::Weights { slice, .. } | Self::State { slice, .. } => slice,
+            Self::Partial { slice, .. } | Self::Weights { slice, .. } | Self::State { slice, .. } => {
+                Some(slice)
+            }
+            Self::Activation { .. } | Self::ActivationGradient { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Partial { step, slice, node } => {
+                write!(f, "step {step}: the gradient of {slice} over {node}")
+            }
+            Self::Weights { step, slice } => write!(f, "step {step}: the weights of {slice}"),
+            Self::State { step, slice } => write!(f, "step {step}: the training state of {slice}"),
+            Self::Activation { step, micro } => write!(f, "step {step}: the activations of {micro}"),
+            Self::ActivationGradient { step, micro } => {
+                write!(f, "step {step}: the activations' gradient of {micro}")
+            }
         }
     }
 }
@@ -59,6 +97,17 @@ pub enum PeerMessage {
     Prepared(Prepared),
 }
 
+/// What came of one lane.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LaneResult {
+    /// The lane.
+    pub lane: Lane,
+    /// Its summed loss, divided by the counted tokens of the global batch, in nats.
+    pub loss: f64,
+    /// Its counted tokens.
+    pub tokens: u64,
+}
+
 /// A member's vote for a step, and its part of the global norm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Prepared {
@@ -66,9 +115,8 @@ pub struct Prepared {
     pub step: Step,
     /// For each slice that the sender owns, the squared norm of each block's gradient.
     pub norms: Vec<(SliceId, Vec<f64>)>,
-    /// For each lane that the sender computed, its summed loss (already divided by the
-    /// tokens of the global batch).
-    pub losses: Vec<(Lane, f64)>,
+    /// What came of each lane whose last stage the sender is, in the lanes' order.
+    pub lanes: Vec<LaneResult>,
     /// The generation for which the coordinator wants everyone to stop after this step.
     /// All members see the same votes, so all stop at the same step.
     pub stop_for: Option<Generation>,

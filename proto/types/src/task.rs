@@ -3,27 +3,44 @@
 //! Tasks are executed in the order given. The engine stores tensor data under [`Key`]s and
 //! knows lanes and tree nodes, but no ranks, peers or plans.
 
-use crate::peer::Key;
-use crate::{Digest, Generation, Lane, Part, SliceId, SliceSet, Step};
+use crate::peer::{Key, LaneResult};
+use crate::{Digest, Generation, MicroId, Part, SliceId, SliceSet, Step};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// One thing for the engine to do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Task {
-    /// Forget all gradients and stored payloads: a new generation starts. Weights and
-    /// training state stay.
-    Reset,
-    /// Compute the gradients of these lanes for `step` on the weights of the step before;
-    /// keep the partial sums of [`cover`](crate::lanes::cover)`(lanes)` as
-    /// [`Key::Partial`]s. Given up silently once the fence is above `generation`.
-    Compute {
+    /// A new generation starts: forget all gradients and stored payloads, and get ready to
+    /// compute with these units. Weights and training state stay, those of other units too.
+    Place {
+        /// The units of this worker's stage; empty where it computes nothing.
+        units: Range<u32>,
+    },
+    /// Take a micro-batch forward through the units, on the weights of the step before. Where
+    /// another stage is before them, its [`Key::Activation`] was stored; where another one
+    /// follows, the result is kept under that key to be sent. Given up silently once the fence
+    /// is above `generation`, like all that computes.
+    Forward {
         /// The generation that it is for.
         generation: Generation,
         /// The step.
         step: Step,
-        /// The lanes.
-        lanes: Range<Lane>,
+        /// The micro-batch.
+        micro: MicroId,
+    },
+    /// Take it back, from the loss or from the next stage's [`Key::ActivationGradient`], and add
+    /// up its gradients; what goes to the stage before is kept under that key. Micro-batches
+    /// come in the order of lanes and numbers; the last one of a lane ends the lane, and the
+    /// last lane of a sub-tree of [`cover`](crate::lanes::cover)`(lanes)` leaves its sum as
+    /// [`Key::Partial`]s. Ends with [`Done::Lane`] where it ends a lane.
+    Backward {
+        /// The generation that it is for.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// The micro-batch.
+        micro: MicroId,
     },
     /// Add a slice's stored partial sums up to the root of the lane tree and keep the result
     /// as the slice's final gradient. Frees the received partial sums.
@@ -66,6 +83,11 @@ pub enum Task {
     },
     /// Drop the training state of slices that are no longer owned.
     Drop(SliceSet),
+    /// Drop the weights of units outside these, but for slices whose training state is here.
+    Narrow {
+        /// The units of this worker's stage.
+        units: Range<u32>,
+    },
     /// Write the training state of these slices, as it is now, as a part of a checkpoint.
     Save {
         /// The generation that writes it.
@@ -80,14 +102,14 @@ pub enum Task {
 /// What the engine has done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Done {
-    /// All lanes of a [`Task::Compute`].
-    Computed {
+    /// The last [`Task::Backward`] of a lane.
+    Lane {
         /// The generation that it was for.
         generation: Generation,
         /// The step.
         step: Step,
-        /// Each lane's summed loss, divided by the tokens of the global batch.
-        losses: Vec<(Lane, f64)>,
+        /// What came of it. Only the last stage knows the loss; it is 0 elsewhere.
+        result: LaneResult,
     },
     /// A [`Task::Reduce`].
     Reduced {

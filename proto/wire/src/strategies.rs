@@ -4,7 +4,7 @@ use crate::limits::{MAX_COUNT, MAX_LANES, MAX_SLICES, MAX_UNITS};
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, ToWorker, Welcome,
 };
-use caravan_types::peer::{Key, PeerMessage, Prepared};
+use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared};
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics, WorkerStatus};
 use caravan_types::task::SavedPart;
@@ -140,9 +140,9 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
     prop_oneof![
         (step(), activity()).prop_map(|(applied, activity)| FromWorker::Heartbeat { applied, activity }),
         report().prop_map(FromWorker::Report),
-        (generation(), step(), real(), real(), any::<u64>()).prop_map(
-            |(generation, step, loss, norm, took_ms)| {
-                FromWorker::Committed(Committed { generation, step, loss, norm, took_ms })
+        (generation(), step(), real(), real(), any::<(u64, u64)>()).prop_map(
+            |(generation, step, loss, norm, (tokens, took_ms))| {
+                FromWorker::Committed(Committed { generation, step, loss, norm, tokens, took_ms })
             }
         ),
         (generation(), worker()).prop_map(|(generation, peer)| FromWorker::PeerLost { generation, peer }),
@@ -292,13 +292,18 @@ fn node() -> impl Strategy<Value = Node> {
     (0..=20u8).prop_flat_map(|level| (0..MAX_LANES >> level).prop_map(move |index| Node { level, index }))
 }
 
+fn micro() -> impl Strategy<Value = MicroId> {
+    (0..MAX_LANES, any::<u32>()).prop_map(|(lane, index)| MicroId { lane, index })
+}
+
 fn prepared() -> impl Strategy<Value = Prepared> {
     let norms = vec((slice(), vec(real(), 0..6)), 0..5);
-    let losses = vec((0..MAX_LANES, real()), 0..5);
-    (step(), norms, losses, option::of(generation())).prop_map(|(step, norms, losses, stop_for)| Prepared {
+    let lane = (0..MAX_LANES, real(), counter());
+    let lanes = vec(lane.prop_map(|(lane, loss, tokens)| LaneResult { lane, loss, tokens }), 0..5);
+    (step(), norms, lanes, option::of(generation())).prop_map(|(step, norms, lanes, stop_for)| Prepared {
         step,
         norms,
-        losses,
+        lanes,
         stop_for,
     })
 }
@@ -312,6 +317,9 @@ pub(crate) fn peer_message() -> impl Strategy<Value = PeerMessage> {
         })),
         (step(), slice()).prop_map(|(step, slice)| PeerMessage::Data(Key::Weights { step, slice })),
         (step(), slice()).prop_map(|(step, slice)| PeerMessage::Data(Key::State { step, slice })),
+        (step(), micro()).prop_map(|(step, micro)| PeerMessage::Data(Key::Activation { step, micro })),
+        (step(), micro())
+            .prop_map(|(step, micro)| PeerMessage::Data(Key::ActivationGradient { step, micro })),
         prepared().prop_map(PeerMessage::Prepared),
     ]
 }

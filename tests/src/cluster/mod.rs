@@ -17,7 +17,7 @@ use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::PeerMessage;
 use caravan_types::status::Event;
 use caravan_types::task::Done;
-use caravan_types::{Generation, ModelShape, Plan, SliceId, SliceTable, Step, WorkerId};
+use caravan_types::{BatchShape, Generation, ModelShape, Plan, SliceId, SliceTable, Step, WorkerId};
 use caravan_worker_core as worker;
 use network::{Frame, Network};
 use std::collections::{BTreeMap, VecDeque};
@@ -35,6 +35,8 @@ pub struct Options {
     pub workers: u32,
     /// Lanes.
     pub lanes: u32,
+    /// Micro-batches of each.
+    pub micro_batches: u32,
     /// Steps.
     pub steps: u64,
     /// Owners per slice.
@@ -57,7 +59,23 @@ impl Options {
     pub fn quiet(lanes: u32, steps: u64) -> Self {
         let (seed, workers, redundancy, checkpoint_every) = (0, 1, 1, 0);
         let (kills, joins, leaves, drain) = (0, 0, 0, false);
-        Self { seed, workers, lanes, steps, redundancy, checkpoint_every, kills, joins, leaves, drain }
+        Self {
+            seed,
+            workers,
+            lanes,
+            micro_batches: 2,
+            steps,
+            redundancy,
+            checkpoint_every,
+            kills,
+            joins,
+            leaves,
+            drain,
+        }
+    }
+
+    fn batch(&self) -> BatchShape {
+        BatchShape { lanes: self.lanes, micro_batches: self.micro_batches, sequences: 1, sequence_length: 1 }
     }
 
     /// A random cluster with random faults.
@@ -68,6 +86,7 @@ impl Options {
             seed,
             workers: r.below(4) as u32 + 1,
             lanes: 1 << r.below(4),
+            micro_batches: 2,
             steps: r.below(8) + 3,
             redundancy: r.below(3) as u32 + 1,
             checkpoint_every: r.below(4),
@@ -321,7 +340,7 @@ impl<'a> Cluster<'a> {
 
     fn compute(&mut self, worker: WorkerId) -> Result<(), String> {
         let Some(node) = self.nodes.get_mut(&worker) else { return Ok(()) };
-        match node.toy.run(&self.table, self.options.lanes)? {
+        match node.toy.run(&self.table, &self.options.batch())? {
             toy::Ran::Nothing => Ok(()),
             toy::Ran::Done(done) => self.work(worker, worker::Input::Done(done), None),
             toy::Ran::Send(to, generation, key, value) => {
@@ -475,7 +494,7 @@ impl<'a> Cluster<'a> {
         let config = worker::Config {
             worker,
             shape: self.shape.clone(),
-            lanes: self.options.lanes,
+            batch: self.options.batch(),
             steps: self.options.steps,
             checkpoint_every: self.options.checkpoint_every,
             detect_ms: 1000,

@@ -23,17 +23,16 @@ impl Heal {
         self.missing.is_empty()
     }
 
-    /// A peer brings a piece: which part it is, if it is one that is missed from that peer.
+    /// A peer brings a piece: which one it is, if it is one that is missed from that peer.
     /// A piece of another step is not the piece that is missed.
-    pub(crate) fn arrives(&mut self, from: WorkerId, key: Key, base: Step) -> Option<Part> {
-        let part = match key {
-            Key::Weights { .. } => Part::Weights,
-            Key::State { .. } => Part::State,
-            Key::Partial { .. } => return None,
+    pub(crate) fn arrives(&mut self, from: WorkerId, key: Key, base: Step) -> Option<(SliceId, Part)> {
+        let (step, piece) = match key {
+            Key::Weights { step, slice } => (step, (slice, Part::Weights)),
+            Key::State { step, slice } => (step, (slice, Part::State)),
+            Key::Partial { .. } | Key::Activation { .. } | Key::ActivationGradient { .. } => return None,
         };
-        let piece = (key.slice(), part);
-        let expected = key.step() == base && self.missing.get(&piece) == Some(&Source::Peer(from));
-        expected.then(|| self.missing.remove(&piece)).map(|_| part)
+        let expected = step == base && self.missing.get(&piece) == Some(&Source::Peer(from));
+        expected.then(|| self.missing.remove(&piece)).map(|_| piece)
     }
 
     /// Pieces that do not come from a peer are here.

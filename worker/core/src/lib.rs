@@ -13,20 +13,23 @@
 //! 4. [`Core::next_deadline`] is asked after every input; an [`Input::Tick`] comes no earlier.
 //!
 //! Reading order: [`Core`] is a member's life across generations: stop, report, plan, heal;
-//! `round` is the life of one step: compute, reduce, prepare, commit, publish; `heal` is what a
-//! member still lacks; `part` is its place in a plan.
+//! `step` is the life of one step: compute, reduce, prepare, commit, publish; `schedule` is the
+//! order of its micro-batches, `round` what has come in for it; `heal` is what a member still
+//! lacks; `part` is its place in a plan.
 
 mod core;
 mod heal;
 mod part;
 mod round;
+mod schedule;
+mod step;
 
 pub use crate::core::Core;
 
 use caravan_types::message::{Farewell, FromWorker, ToWorker};
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::task::{Done, Task};
-use caravan_types::{Generation, Member, ModelShape, WorkerId};
+use caravan_types::{BatchShape, Generation, Member, ModelShape, WorkerId};
 
 /// Milliseconds on a clock that only goes forward, from any origin.
 pub type Millis = u64;
@@ -38,8 +41,8 @@ pub struct Config {
     pub worker: WorkerId,
     /// The model.
     pub shape: ModelShape,
-    /// Lanes of the run.
-    pub lanes: u32,
+    /// How a global batch is cut.
+    pub batch: BatchShape,
     /// Steps of the run.
     pub steps: u64,
     /// A checkpoint is written after each step that this divides; only at the end where 0.

@@ -1,6 +1,7 @@
 //! A member's place in a plan, worked out once when the plan is adopted.
 
 use caravan_types::lanes::cover;
+use caravan_types::peer::Prepared;
 use caravan_types::{
     Generation, Lane, Node, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, WorkerId,
 };
@@ -14,6 +15,13 @@ pub(crate) struct Place {
     pub(crate) plan: Plan,
     /// Its own lanes; empty for a member without any.
     pub(crate) lanes: Range<Lane>,
+    /// Its own units; empty for a member without lanes.
+    pub(crate) stage: Range<u32>,
+    /// Who has the stage before its own, and the one after it.
+    pub(crate) before: Option<WorkerId>,
+    pub(crate) after: Option<WorkerId>,
+    /// Stages from its own to the last.
+    pub(crate) depth: u32,
     /// Slices that it owns.
     pub(crate) owned: SliceSet,
     /// Slices whose weights it publishes and saves.
@@ -35,9 +43,9 @@ impl Place {
         }
         let mut senders = vec![BTreeMap::new(); units as usize];
         let mut stages: BTreeMap<WorkerId, Range<u32>> = BTreeMap::new();
-        let mut lanes = 0..0;
+        let (mut lanes, mut mine, mut before, mut after, mut depth) = (0..0, 0..0, None, None, 0);
         for pipeline in &plan.pipelines {
-            for stage in &pipeline.stages {
+            for (i, stage) in pipeline.stages.iter().enumerate() {
                 if stage.units.end > units {
                     return None;
                 }
@@ -47,7 +55,10 @@ impl Place {
                     senders[unit as usize].extend(nodes.into_iter().map(|n| (n, stage.worker)));
                 }
                 if stage.worker == me {
-                    lanes = pipeline.lanes.clone();
+                    (lanes, mine) = (pipeline.lanes.clone(), stage.units.clone());
+                    before = i.checked_sub(1).map(|i| pipeline.stages[i].worker);
+                    after = pipeline.stages.get(i + 1).map(|s| s.worker);
+                    depth = (pipeline.stages.len() - i) as u32;
                 }
             }
         }
@@ -64,7 +75,22 @@ impl Place {
         }
         let units = table.iter().map(|(_, s)| s.unit.0).collect();
         let (owned, primary) = (plan.owned_by(me), plan.primary_of(me));
-        Some(Self { me, plan, lanes, owned, primary, computed, senders, readers, units })
+        let stage = mine;
+        Some(Self {
+            me,
+            plan,
+            lanes,
+            stage,
+            before,
+            after,
+            depth,
+            owned,
+            primary,
+            computed,
+            senders,
+            readers,
+            units,
+        })
     }
 
     pub(crate) fn generation(&self) -> Generation {
@@ -108,24 +134,19 @@ impl Place {
     }
 
     /// Whether a vote covers exactly what its sender owns, block by block.
-    pub(crate) fn vote_fits(
-        &self,
-        from: WorkerId,
-        norms: &[(SliceId, Vec<f64>)],
-        losses: &[(Lane, f64)],
-        table: &SliceTable,
-    ) -> bool {
+    pub(crate) fn vote_fits(&self, from: WorkerId, vote: &Prepared, table: &SliceTable) -> bool {
+        let norms = &vote.norms;
         let owned = self.plan.owned_by(from);
         let sets: BTreeSet<SliceId> = norms.iter().map(|(id, _)| *id).collect();
         let blocks_fit =
             |(id, norms): &(SliceId, Vec<f64>)| table.get(*id).is_some_and(|s| s.blocks() == norms.len());
-        let lanes = self.plan.pipelines.iter().filter(|p| p.stages.last().is_some_and(|s| s.worker == from));
-        let lanes: Vec<Lane> = lanes.flat_map(|p| p.lanes.clone()).collect();
+        let ends = self.plan.pipelines.iter().filter(|p| p.stages.last().is_some_and(|s| s.worker == from));
+        let lanes = ends.flat_map(|p| p.lanes.clone());
         norms.len() == owned.len()
             && sets.len() == norms.len()
             && sets.iter().all(|id| owned.contains(*id))
             && norms.iter().all(blocks_fit)
-            && losses.iter().map(|(lane, _)| *lane).eq(lanes)
+            && vote.lanes.iter().map(|result| result.lane).eq(lanes)
     }
 
     /// The step that the plan starts from.

@@ -5,17 +5,18 @@
 //! messages are kept by step and counted when their step begins here; anything further ahead or
 //! behind is not of this protocol.
 
-use caravan_types::peer::Prepared;
-use caravan_types::{Lane, Node, SliceId, SliceSet, SliceTable, Step, WorkerId};
+use crate::schedule::Schedule;
+use caravan_types::peer::{LaneResult, Prepared};
+use caravan_types::{Lane, MicroId, Node, SliceId, SliceSet, SliceTable, Step, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The step in flight.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Round {
-    /// Whether computing was begun.
-    pub(crate) begun: bool,
-    /// Losses of this member's lanes, once computed.
-    pub(crate) losses: Option<Vec<(Lane, f64)>>,
+    /// What is still to be computed, once computing was begun.
+    pub(crate) schedule: Option<Schedule>,
+    /// What came of this member's lanes, so far.
+    pub(crate) lanes: Vec<LaneResult>,
     /// Slices whose reduction was ordered.
     pub(crate) reducing: SliceSet,
     /// Block norms of the slices that are reduced.
@@ -31,6 +32,20 @@ pub(crate) struct Inbox {
     votes: BTreeMap<Step, BTreeMap<WorkerId, Prepared>>,
     /// Weights published for the step in flight, before it was applied here.
     early: BTreeMap<Step, SliceSet>,
+    /// What came from the stages beside this one.
+    streams: BTreeMap<Step, BTreeSet<Stream>>,
+}
+
+/// A micro-batch's residual stream or its gradient.
+pub(crate) type Stream = (Direction, MicroId);
+
+/// Where a micro-batch is going.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Direction {
+    /// To the last stage: activations.
+    Forward,
+    /// To the first stage: their gradients.
+    Backward,
 }
 
 impl Inbox {
@@ -59,6 +74,16 @@ impl Inbox {
         self.votes.get(&step).filter(|votes| votes.len() == members)
     }
 
+    /// False where it was there already.
+    pub(crate) fn stream(&mut self, step: Step, stream: Stream) -> bool {
+        self.streams.entry(step).or_default().insert(stream)
+    }
+
+    /// Whether it has come in.
+    pub(crate) fn has_stream(&self, step: Step, stream: Stream) -> bool {
+        self.streams.get(&step).is_some_and(|s| s.contains(&stream))
+    }
+
     /// False where they were there already.
     pub(crate) fn early(&mut self, step: Step, slice: SliceId) -> bool {
         self.early.entry(step).or_default().insert(slice)
@@ -74,14 +99,15 @@ impl Inbox {
         self.partials = self.partials.split_off(&applied.next());
         self.votes = self.votes.split_off(&applied.next());
         self.early = self.early.split_off(&applied.next());
+        self.streams = self.streams.split_off(&applied.next());
     }
 }
 
 /// What a unanimous vote says.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Verdict {
-    /// The step is committed, with its global norm and mean loss.
-    Commit { norm: f64, loss: f64 },
+    /// The step is committed, with its global norm, mean loss and counted tokens.
+    Commit { norm: f64, loss: f64, tokens: u64 },
     /// Owners of this slice have different gradients.
     Diverged(SliceId),
 }
@@ -90,7 +116,7 @@ pub(crate) enum Verdict {
 /// of the lanes, both in fp64, so that every member gets the same bits from the same votes.
 pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, table: &SliceTable) -> Verdict {
     let mut blocks: BTreeMap<SliceId, &Vec<f64>> = BTreeMap::new();
-    let mut losses: BTreeMap<Lane, f64> = BTreeMap::new();
+    let mut lanes: BTreeMap<Lane, LaneResult> = BTreeMap::new();
     for vote in votes.values() {
         for (slice, norms) in &vote.norms {
             let first = blocks.entry(*slice).or_insert(norms);
@@ -99,11 +125,13 @@ pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, table: &SliceTable) ->
                 return Verdict::Diverged(*slice);
             }
         }
-        losses.extend(vote.losses.iter().copied());
+        lanes.extend(vote.lanes.iter().map(|result| (result.lane, *result)));
     }
     debug_assert_eq!(blocks.len(), table.len());
     let squares: f64 = blocks.values().flat_map(|b| b.iter()).sum();
-    Verdict::Commit { norm: squares.sqrt(), loss: losses.values().sum() }
+    let loss = lanes.values().map(|lane| lane.loss).sum();
+    let tokens = lanes.values().map(|lane| lane.tokens).sum();
+    Verdict::Commit { norm: squares.sqrt(), loss, tokens }
 }
 
 #[cfg(test)]
@@ -117,7 +145,7 @@ mod tests {
         let vote = |lane, scale| Prepared {
             step: Step(1),
             norms: norms(scale),
-            losses: vec![(lane, 0.5)],
+            lanes: vec![LaneResult { lane, loss: 0.5, tokens: 3 }],
             stop_for: None,
         };
         [(WorkerId(1), vote(0, 1.0)), (WorkerId(2), vote(1, second))].into()
@@ -128,7 +156,7 @@ mod tests {
         let table = SliceTable::new(&ModelShape::preset("260k").unwrap());
         let blocks: usize = table.iter().map(|(_, s)| s.blocks()).sum();
         let norm = (blocks as f64).sqrt();
-        assert_eq!(count(&votes(1.0), &table), Verdict::Commit { norm, loss: 1.0 });
+        assert_eq!(count(&votes(1.0), &table), Verdict::Commit { norm, loss: 1.0, tokens: 6 });
         assert_eq!(count(&votes(1.0 + f64::EPSILON), &table), Verdict::Diverged(SliceId(0)));
     }
 }

@@ -8,8 +8,8 @@ use caravan_engine::{Batches, Checkpoints, Executor};
 use caravan_kernels::Family;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, ModelShape, NumericsClass, Part, Precision,
-    Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step,
+    BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass, Part,
+    Precision, Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step,
 };
 use std::error::Error;
 use std::sync::Arc;
@@ -88,17 +88,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut engine = Executor::new(&spec, threads, Arc::new(AtomicU64::new(0)), source, Nowhere)?;
     let slices = SliceSet::all(SliceTable::new(&model).len());
     let start = Instant::now();
+    engine.run(Task::Place { units: 0..model.units() })?;
     engine.run(Task::Init { slices: slices.clone(), part: Part::State })?;
     let init = start.elapsed();
     let mut times = Vec::new();
     let (mut loss, mut parts) = (0.0, [0.0; 3]);
     for step in (1..=steps + 2).map(Step) {
         let start = Instant::now();
-        let done = engine.run(Task::Compute { generation: Generation(1), step, lanes: 0..1 })?;
-        let computed = start.elapsed();
-        if let Some(Done::Computed { losses, .. }) = done {
-            loss = losses.iter().map(|(_, loss)| loss).sum();
+        let (generation, micro) = (Generation(1), MicroId { lane: 0, index: 0 });
+        engine.run(Task::Forward { generation, step, micro })?;
+        if let Some(Done::Lane { result, .. }) = engine.run(Task::Backward { generation, step, micro })? {
+            loss = result.loss;
         }
+        let computed = start.elapsed();
         let mut norm = 0.0;
         for slice in slices.iter() {
             let done = engine.run(Task::Reduce { generation: Generation(1), step, slice })?;

@@ -1,7 +1,7 @@
 //! What can go wrong in the engine.
 
 use caravan_types::peer::Key;
-use caravan_types::{Lane, Node, SliceId, Step};
+use caravan_types::{MicroId, Node, SliceId, Step};
 
 /// Why a task could not be executed. Each of these means that the caller asked for something
 /// that its own bookkeeping should have ruled out, or that data or a checkpoint is damaged;
@@ -37,7 +37,7 @@ pub enum EngineError {
         lanes: u32,
     },
     /// A payload of the wrong length.
-    #[error("{key:?} has {got} values where the slice needs {expected}; the sender has another model")]
+    #[error("{key} has {got} values where {expected} are needed; the sender has another model")]
     Length {
         /// What it was stored as.
         key: Key,
@@ -47,7 +47,7 @@ pub enum EngineError {
         got: usize,
     },
     /// A payload that was never put, or is used up.
-    #[error("{0:?} is not here: it was never received or computed, or is used up")]
+    #[error("{0}: not here; never received or computed, or used up")]
     Missing(Key),
     /// A sub-tree without gradient.
     #[error("cannot reduce slice {slice} of step {step}: the gradient of {node} is missing")]
@@ -87,18 +87,36 @@ pub enum EngineError {
         /// The step that it is at.
         found: Option<Step>,
     },
-    /// Lanes outside the run's.
-    #[error("lanes {0}..{1} are not within the run's {2}")]
-    Lanes(Lane, Lane, u32),
+    /// Units outside the model's.
+    #[error("units {0}..{1} are not within the model's {2}")]
+    Units(u32, u32, u32),
+    /// A micro-batch outside the run's batch.
+    #[error("{micro} is not within the run's {lanes} lanes of {micro_batches}")]
+    Micro {
+        /// The micro-batch.
+        micro: MicroId,
+        /// Lanes of the run.
+        lanes: u32,
+        /// Micro-batches of a lane.
+        micro_batches: u32,
+    },
+    /// A micro-batch that goes back before it went forward, or before others of its lane.
+    #[error("{micro} of step {step} cannot go back: {reason}")]
+    OutOfTurn {
+        /// The step.
+        step: Step,
+        /// The micro-batch.
+        micro: MicroId,
+        /// What should have been.
+        reason: &'static str,
+    },
     /// Data that could not be had or used.
-    #[error("micro-batch {index} of lane {lane} in step {step}: {reason}")]
+    #[error("{micro} of step {step}: {reason}")]
     Batch {
         /// The step.
         step: Step,
-        /// The lane.
-        lane: Lane,
-        /// The micro-batch's number in the lane.
-        index: u32,
+        /// The micro-batch.
+        micro: MicroId,
         /// What is wrong.
         reason: String,
     },

@@ -6,15 +6,17 @@
 //! stops at the next layer, and nothing of it stays behind.
 
 use crate::gradients::Gradients;
+use crate::model::Flight;
 use crate::state::State;
 use crate::{EngineError, Model};
 use caravan_kernels::adamw::Update;
 use caravan_kernels::{Cpu, Family, squared_norm};
-use caravan_types::peer::Key;
+use caravan_types::peer::{Key, LaneResult};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BLOCK, BatchShape, Generation, Lane, MicroBatch, Part, Recipe, RunSpec, SliceId, SliceSet, Step,
+    BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Recipe, RunSpec, SliceId, SliceSet, Step,
 };
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,8 +61,14 @@ pub struct Executor<B, C> {
     model: Model<f32>,
     state: State,
     gradients: Gradients,
-    /// Payloads to install: weights and training state.
-    stored: std::collections::BTreeMap<Key, Vec<f32>>,
+    /// Micro-batches on their way.
+    flights: BTreeMap<MicroId, Flight<f32>>,
+    /// What came of the lane that goes back, so far.
+    result: LaneResult,
+    /// One divided by the counted tokens of the global batch.
+    scale: f64,
+    /// Payloads to install (weights and training state), and those between stages.
+    stored: BTreeMap<Key, Vec<f32>>,
 }
 
 impl<B: Batches, C: Checkpoints> Executor<B, C> {
@@ -83,8 +91,9 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         if !spec.batch.lanes.is_power_of_two() {
             return Err(EngineError::Shape(format!("lanes {} is no power of two", spec.batch.lanes)));
         }
-        let model = Model::new(&spec.model)?;
-        let state = State::new(&spec.model, spec.seed, model.layout());
+        let mut model = Model::new(&spec.model)?;
+        model.place(0..0);
+        let state = State::new(&spec.model, spec.seed);
         Ok(Self {
             cpu: Cpu::new(threads, family)?,
             batch: spec.batch,
@@ -95,7 +104,10 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             gradients: Gradients::new(spec.batch.lanes, state.table().len()),
             model,
             state,
-            stored: std::collections::BTreeMap::new(),
+            flights: BTreeMap::new(),
+            result: LaneResult { lane: 0, loss: 0.0, tokens: 0 },
+            scale: 0.0,
+            stored: BTreeMap::new(),
         })
     }
 
@@ -106,11 +118,9 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
     /// Where something that the task needs is not here, or data or a checkpoint is damaged.
     pub fn run(&mut self, task: Task) -> Result<Option<Done>, EngineError> {
         match task {
-            Task::Reset => {
-                self.gradients.reset();
-                self.stored.clear();
-            }
-            Task::Compute { generation, step, lanes } => return self.compute(generation, step, lanes),
+            Task::Place { units } => self.place(units)?,
+            Task::Forward { generation, step, micro } => self.forward(generation, step, micro)?,
+            Task::Backward { generation, step, micro } => return self.backward(generation, step, micro),
             Task::Reduce { generation, step, slice } => return self.reduce(generation, step, slice),
             Task::Apply { step, norm, slices } => self.apply(step, norm, &slices)?,
             Task::Install(key) => self.install(key)?,
@@ -123,6 +133,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
                 return Ok(Some(Done::Loaded { generation, slices, part }));
             }
             Task::Drop(slices) => slices.iter().try_for_each(|id| self.state.drop_state(id))?,
+            Task::Narrow { units } => self.state.narrow(&units),
             Task::Save { generation, step, slices } => {
                 let state = |id| Ok((id, self.state.slice_state(id, step)?));
                 let states = slices.iter().map(state).collect::<Result<Vec<_>, EngineError>>()?;
@@ -137,7 +148,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
     /// # Errors
     /// Where the model has no such slice, the lanes no such node, or the length is wrong.
     pub fn put(&mut self, key: Key, payload: Vec<f32>) -> Result<(), EngineError> {
-        let expected = self.state.payload_len(&key)?;
+        let expected = self.payload_len(key)?;
         if payload.len() != expected {
             return Err(EngineError::Length { key, expected, got: payload.len() });
         }
@@ -148,87 +159,158 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         Ok(())
     }
 
-    /// A payload to send: a sum of lane gradients computed here, weights, or training state.
+    /// Values that a payload of this key must have.
+    fn payload_len(&self, key: Key) -> Result<usize, EngineError> {
+        let slice = |id| self.state.slice(id).map(caravan_types::Slice::len);
+        match key {
+            Key::Partial { slice: id, .. } | Key::Weights { slice: id, .. } => slice(id),
+            Key::State { slice: id, .. } => Ok(3 * slice(id)?),
+            Key::Activation { micro, .. } | Key::ActivationGradient { micro, .. } => {
+                self.check_micro(micro)?;
+                Ok(self.batch.tokens_per_micro_batch() as usize * self.model.layout().dim)
+            }
+        }
+    }
+
+    /// A payload to send: a sum of lane gradients computed here, weights, training state, or
+    /// what goes to another stage, which is then gone from here.
     ///
     /// # Errors
     /// Where it is not here.
-    pub fn get(&self, key: Key) -> Result<Vec<f32>, EngineError> {
+    pub fn get(&mut self, key: Key) -> Result<Vec<f32>, EngineError> {
         match key {
             Key::Partial { step, slice, node } => {
                 Ok(self.gradients.own(step, slice, self.state.slice(slice)?, node)?.to_vec())
             }
             Key::Weights { step, slice } => Ok(self.state.slice_weights(slice, step)?.to_vec()),
             Key::State { step, slice } => self.state.slice_state(slice, step),
+            Key::Activation { .. } | Key::ActivationGradient { .. } => self.take(key),
         }
+    }
+
+    fn take(&mut self, key: Key) -> Result<Vec<f32>, EngineError> {
+        self.stored.remove(&key).ok_or(EngineError::Missing(key))
     }
 
     /// All weights as one flat vector, where all are at `step`.
     ///
     /// # Errors
     /// Where they are not.
-    pub fn weights(&self, step: Step) -> Result<&[f32], EngineError> {
-        self.state.weights_at(step)
+    pub fn weights(&self, step: Step) -> Result<Vec<f32>, EngineError> {
+        let slices = self.state.table().iter();
+        Ok(slices.map(|(id, _)| self.state.slice_weights(id, step)).collect::<Result<Vec<_>, _>>()?.concat())
     }
 
-    fn compute(
-        &mut self,
-        generation: Generation,
-        step: Step,
-        lanes: Range<Lane>,
-    ) -> Result<Option<Done>, EngineError> {
-        if lanes.is_empty() || lanes.end > self.batch.lanes {
-            return Err(EngineError::Lanes(lanes.start, lanes.end, self.batch.lanes));
-        }
-        let counted = self.batches.counted_tokens(step);
-        let counted = counted.map_err(|reason| EngineError::Counted { step, reason })?;
-        // Nothing counts: no loss and no gradient, rather than a division by zero.
-        let scale = if counted == 0 { 0.0 } else { 1.0 / counted as f64 };
-        self.gradients.start(step);
-        let mut losses = Vec::with_capacity(lanes.len());
-        for lane in lanes {
-            let mut gradient = self.gradients.buffer(&self.cpu, self.model.layout().parameters);
-            match self.lane(generation, step, lane, scale, &mut gradient) {
-                Ok(Some(loss)) => {
-                    losses.push((lane, loss));
-                    self.gradients.push(&self.cpu, lane, gradient);
-                }
-                stopped => {
-                    self.gradients.give_back(gradient);
-                    self.gradients.abandon();
-                    return stopped.map(|_| None);
-                }
-            }
-        }
-        Ok(Some(Done::Computed { generation, step, losses }))
+    fn place(&mut self, units: Range<u32>) -> Result<(), EngineError> {
+        self.state.place(&units)?;
+        self.gradients.place(self.state.elements(&units));
+        self.model.place(units.start as usize..units.end as usize);
+        self.flights.clear();
+        self.stored.clear();
+        Ok(())
     }
 
-    /// Adds up one lane's micro-batches, in order; none where the fence has passed.
-    fn lane(
-        &mut self,
-        generation: Generation,
-        step: Step,
-        lane: Lane,
-        scale: f64,
-        gradient: &mut [f32],
-    ) -> Result<Option<f64>, EngineError> {
+    fn check_micro(&self, micro: MicroId) -> Result<(), EngineError> {
+        let BatchShape { lanes, micro_batches, .. } = self.batch;
+        if micro.lane < lanes && micro.index < micro_batches {
+            return Ok(());
+        }
+        Err(EngineError::Micro { micro, lanes, micro_batches })
+    }
+
+    /// Gives up computing: nothing of it stays.
+    fn abandon(&mut self) {
+        self.gradients.abandon();
+        self.flights.clear();
+    }
+
+    fn forward(&mut self, generation: Generation, step: Step, micro: MicroId) -> Result<(), EngineError> {
+        self.check_micro(micro)?;
         let fence = &self.fence;
         let stop = || fence.load(Ordering::Acquire) > generation.0;
-        let before = Step(step.0.saturating_sub(1));
-        let mut loss = 0.0;
-        for index in 0..self.batch.micro_batches {
-            if stop() {
-                return Ok(None);
-            }
-            let bad = |reason| EngineError::Batch { step, lane, index, reason };
-            let batch = self.batches.micro_batch(step, lane, index).map_err(bad)?;
-            let weights = self.state.weights_at(before)?;
-            let part = self.model.gradient(&self.cpu, weights, gradient, &batch, scale, &stop);
-            match part.map_err(bad)? {
-                Some(part) => loss += part,
-                None => return Ok(None),
-            }
+        if stop() {
+            return Ok(());
         }
-        Ok(Some(loss))
+        if self.gradients.start(step) {
+            self.flights.clear();
+            let counted = self.batches.counted_tokens(step);
+            let counted = counted.map_err(|reason| EngineError::Counted { step, reason })?;
+            // Nothing counts: no loss and no gradient, rather than a division by zero.
+            self.scale = if counted == 0 { 0.0 } else { 1.0 / counted as f64 };
+        }
+        let bad = |reason| EngineError::Batch { step, micro, reason };
+        let key = Key::Activation { step, micro };
+        let input = match self.model.is_first() {
+            true => None,
+            false => Some(self.stored.remove(&key).ok_or(EngineError::Missing(key))?),
+        };
+        let batch = self.batches.micro_batch(step, micro.lane, micro.index).map_err(bad)?;
+        let before = Step(step.0.saturating_sub(1));
+        let weights = self.state.weights_at(before, self.model.units())?;
+        let flight = self.model.forward(&self.cpu, &weights, batch, input.as_deref(), &stop).map_err(bad)?;
+        let Some(flight) = flight else {
+            self.abandon();
+            return Ok(());
+        };
+        if !self.model.is_last() {
+            self.stored.insert(key, self.model.output(&flight).to_vec());
+        }
+        self.flights.insert(micro, flight);
+        Ok(())
+    }
+
+    fn backward(
+        &mut self,
+        generation: Generation,
+        step: Step,
+        micro: MicroId,
+    ) -> Result<Option<Done>, EngineError> {
+        self.check_micro(micro)?;
+        let fence = &self.fence;
+        let stop = || fence.load(Ordering::Acquire) > generation.0;
+        if stop() {
+            return Ok(None);
+        }
+        let turn = |reason| EngineError::OutOfTurn { step, micro, reason };
+        let flight = self.flights.remove(&micro).ok_or_else(|| turn("it did not go forward"))?;
+        let key = Key::ActivationGradient { step, micro };
+        let coming = match self.model.is_last() {
+            true => None,
+            false => Some(self.stored.remove(&key).ok_or(EngineError::Missing(key))?),
+        };
+        let bad = |reason| EngineError::Batch { step, micro, reason };
+        let before = Step(step.0.saturating_sub(1));
+        let weights = self.state.weights_at(before, self.model.units())?;
+        let open = self.gradients.lane(&self.cpu, micro);
+        let mut rest = open.ok_or_else(|| turn("its lane's micro-batches did not come in order"))?;
+        let mut gradient = Vec::with_capacity(weights.len());
+        for unit in &weights {
+            let (unit, after) = rest.split_at_mut(unit.len());
+            gradient.push(unit);
+            rest = after;
+        }
+        let (tokens, counted) = flight.tokens();
+        let part = self
+            .model
+            .backward(&self.cpu, &weights, &mut gradient, flight, coming.as_deref(), self.scale, &stop)
+            .map_err(bad)?;
+        let Some(loss) = part else {
+            self.abandon();
+            return Ok(None);
+        };
+        if !self.model.is_first() {
+            self.stored.insert(key, self.model.input_gradient(tokens).to_vec());
+        }
+        if micro.index == 0 {
+            self.result = LaneResult { lane: micro.lane, loss: 0.0, tokens: 0 };
+        }
+        self.result.loss += loss;
+        self.result.tokens += counted;
+        if micro.index + 1 < self.batch.micro_batches {
+            return Ok(None);
+        }
+        self.gradients.close(&self.cpu);
+        Ok(Some(Done::Lane { generation, step, result: self.result }))
     }
 
     fn reduce(
@@ -266,12 +348,14 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
     }
 
     fn install(&mut self, key: Key) -> Result<(), EngineError> {
-        let payload = self.stored.remove(&key).ok_or(EngineError::Missing(key))?;
+        let payload = self.take(key)?;
         match key {
             Key::Weights { step, slice } => self.state.set_weights(slice, step, &payload),
             Key::State { step, slice } => self.state.set_state(slice, step, &payload),
-            // Never stored under such a key: sums are used by Reduce.
-            Key::Partial { .. } => Err(EngineError::Missing(key)),
+            // Used by other tasks.
+            Key::Partial { .. } | Key::Activation { .. } | Key::ActivationGradient { .. } => {
+                Err(EngineError::Missing(key))
+            }
         }
     }
 

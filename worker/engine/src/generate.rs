@@ -29,7 +29,8 @@ pub struct Sampling {
 pub struct Generator<'a, R> {
     cpu: &'a Cpu,
     layout: Layout,
-    weights: &'a [R],
+    /// By unit.
+    weights: Vec<&'a [R]>,
     epsilon: R,
     turns: rope::Table<R>,
     /// For each layer: rows of keys, then rows of values, for `context` positions each.
@@ -46,8 +47,8 @@ impl<'a, R: Real> Generator<'a, R> {
     /// Where the shape contradicts itself or the weights are not of its size.
     pub fn new(cpu: &'a Cpu, shape: &ModelShape, weights: &'a [R]) -> Result<Self, EngineError> {
         let layout = Layout::new(shape)?;
-        if weights.len() != layout.parameters {
-            let (got, needed) = (weights.len(), layout.parameters);
+        if weights.len() != layout.parameters() {
+            let (got, needed) = (weights.len(), layout.parameters());
             return Err(EngineError::Shape(format!("{got} weights for a model of {needed}")));
         }
         let rows = layout.context * layout.kv();
@@ -55,11 +56,11 @@ impl<'a, R: Real> Generator<'a, R> {
             cpu,
             epsilon: R::from_f64(f64::from(shape.norm_eps)),
             turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
-            cache: layout.layers.iter().map(|_| [vec![R::ZERO; rows], vec![R::ZERO; rows]]).collect(),
+            cache: (0..layout.layers).map(|_| [vec![R::ZERO; rows], vec![R::ZERO; rows]]).collect(),
             position: 0,
             logits: vec![R::ZERO; layout.vocab],
+            weights: layout.split(weights),
             layout,
-            weights,
         })
     }
 
@@ -92,25 +93,25 @@ impl<'a, R: Real> Generator<'a, R> {
         }
         let n = tokens.len();
         let mut stream = vec![R::ZERO; n * dim];
-        let table = &self.weights[self.layout.embedding.clone()];
-        embedding::forward(self.cpu, tokens, table, dim, &mut stream);
-        for l in 0..self.layout.layers.len() {
+        embedding::forward(self.cpu, tokens, self.weights[0], dim, &mut stream);
+        for l in 0..self.layout.layers {
             self.layer(l, n, &mut stream);
         }
         self.position += n;
-        let gain = &self.weights[self.layout.final_norm.clone()];
+        let unit = self.weights[self.layout.layers + 1];
+        let gain = &unit[self.layout.final_norm.clone()];
         let mut last = vec![R::ZERO; dim];
         rmsnorm::forward(self.cpu, &stream[(n - 1) * dim..], gain, self.epsilon, &mut last);
-        let head = &self.weights[self.layout.head_weight.clone()];
+        let head = &unit[self.layout.head_weight.clone()];
         product(self.cpu, &last, dim, head, &mut self.logits, Into::Set);
         Ok(())
     }
 
     fn layer(&mut self, l: usize, n: usize, stream: &mut [R]) {
         let Layout { dim, hidden, heads, kv_heads, head, .. } = self.layout;
-        let (kv, width, cpu, w) = (self.layout.kv(), self.layout.qkv(), self.cpu, self.weights);
+        let (kv, width, cpu, w) = (self.layout.kv(), self.layout.qkv(), self.cpu, self.weights[l + 1]);
         let Layer { attention_norm, qkv: w_qkv, output, mlp_norm, gate_up: w_gate_up, down } =
-            self.layout.layers[l].clone();
+            self.layout.layer.clone();
         let mut normed = vec![R::ZERO; n * dim];
         let mut qkv = vec![R::ZERO; n * width];
         rmsnorm::forward(cpu, stream, &w[attention_norm], self.epsilon, &mut normed);

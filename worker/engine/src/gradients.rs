@@ -1,13 +1,13 @@
 //! Lane gradients on their way up the tree.
 //!
-//! Sums that were computed here are whole flat gradients, one for each node of the cover of
-//! our lanes; sums received from others are single slices. Buffers of whole gradients are
-//! kept and used again: a step in steady state takes none.
+//! Sums that were computed here have the gradients of all units of our stage, one sum for each
+//! node of the cover of our lanes; sums received from others are single slices. Buffers of whole
+//! stages are kept and used again: a step in steady state takes none.
 
 use crate::EngineError;
 use caravan_kernels::{Cpu, add};
 use caravan_types::peer::Key;
-use caravan_types::{Node, Slice, SliceId, SliceSet, Step};
+use caravan_types::{Lane, MicroId, Node, Slice, SliceId, SliceSet, Step};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -28,30 +28,35 @@ enum Final {
 #[derive(Debug)]
 pub(crate) struct Gradients {
     lanes: u32,
+    /// Elements of the flat model that our stage computes with.
+    stage: Range<u64>,
     /// The step that `own` is for.
     step: Option<Step>,
     /// Sums computed here, from left to right, no two of them siblings.
     own: Vec<(Node, Vec<f32>)>,
-    /// Whole-gradient buffers not in use.
+    /// The lane that is being added up.
+    open: Option<(Lane, Vec<f32>)>,
+    /// Buffers not in use.
     spare: Vec<Vec<f32>>,
     /// Sums of others.
     received: BTreeMap<(Step, SliceId, Node), Vec<f32>>,
     finals: Vec<Final>,
 }
 
-fn elements(slice: &Slice) -> Range<usize> {
-    slice.range.start as usize..slice.range.end as usize
-}
-
 impl Gradients {
     pub(crate) fn new(lanes: u32, slices: usize) -> Self {
         let finals = (0..slices).map(|_| Final::None).collect();
-        Self { lanes, step: None, own: Vec::new(), spare: Vec::new(), received: BTreeMap::new(), finals }
+        let (own, spare, received) = (Vec::new(), Vec::new(), BTreeMap::new());
+        Self { lanes, stage: 0..0, step: None, own, open: None, spare, received, finals }
     }
 
-    /// Forgets everything but the memory of our own sums.
-    pub(crate) fn reset(&mut self) {
+    /// Forgets everything: from now on these elements are computed with.
+    pub(crate) fn place(&mut self, stage: Range<u64>) {
         self.clear_own();
+        if self.stage != stage {
+            self.spare.clear();
+        }
+        self.stage = stage;
         self.received.clear();
         self.finals.fill_with(Final::default);
     }
@@ -59,13 +64,19 @@ impl Gradients {
     fn clear_own(&mut self) {
         self.step = None;
         self.spare.extend(self.own.drain(..).map(|(_, buffer)| buffer));
+        self.spare.extend(self.open.take().map(|(_, buffer)| buffer));
     }
 
-    /// Starts computing a step: what is left of earlier ones goes.
-    pub(crate) fn start(&mut self, step: Step) {
+    /// Starts computing a step, unless that was begun: what is left of earlier ones goes.
+    /// Whether it starts now.
+    pub(crate) fn start(&mut self, step: Step) -> bool {
+        if self.step == Some(step) {
+            return false;
+        }
         self.clear_own();
         self.received.retain(|(s, ..), _| *s >= step);
         self.step = Some(step);
+        true
     }
 
     /// Gives up computing: nothing of it stays.
@@ -73,25 +84,34 @@ impl Gradients {
         self.clear_own();
     }
 
-    /// A zeroed buffer for one lane's gradient.
-    pub(crate) fn buffer(&mut self, cpu: &Cpu, parameters: usize) -> Vec<f32> {
-        match self.spare.pop() {
-            Some(mut buffer) => {
-                add::zero(cpu, &mut buffer);
-                buffer
-            }
-            None => vec![0.0; parameters],
+    /// Where a lane's gradient is added up, the elements of our stage; zeroed at its first
+    /// micro-batch. None for another lane than the one that is open.
+    pub(crate) fn lane(&mut self, cpu: &Cpu, micro: MicroId) -> Option<&mut [f32]> {
+        if micro.index == 0 && self.open.is_none() {
+            let buffer = match self.spare.pop() {
+                Some(mut buffer) => {
+                    add::zero(cpu, &mut buffer);
+                    buffer
+                }
+                None => vec![0.0; (self.stage.end - self.stage.start) as usize],
+            };
+            self.open = Some((micro.lane, buffer));
         }
+        let open = self.open.as_mut().filter(|(lane, _)| *lane == micro.lane);
+        open.map(|(_, buffer)| buffer.as_mut_slice())
     }
 
-    /// Returns a buffer that is not needed.
-    pub(crate) fn give_back(&mut self, buffer: Vec<f32>) {
-        self.spare.push(buffer);
+    /// Where a slice's elements are within our stage's.
+    fn elements(&self, slice: &Slice) -> Option<Range<usize>> {
+        let inside = slice.range.start >= self.stage.start && slice.range.end <= self.stage.end;
+        let at = |element: u64| (element - self.stage.start) as usize;
+        inside.then(|| at(slice.range.start)..at(slice.range.end))
     }
 
-    /// Takes the gradient of the next lane and adds up every sub-tree that is complete: like
-    /// a carry in a binary counter, so that at most log₂(lanes) + 1 sums exist.
-    pub(crate) fn push(&mut self, cpu: &Cpu, lane: u32, gradient: Vec<f32>) {
+    /// Closes the open lane and adds up every sub-tree that is complete: like a carry in a
+    /// binary counter, so that at most log₂(lanes) + 1 sums exist.
+    pub(crate) fn close(&mut self, cpu: &Cpu) {
+        let Some((lane, gradient)) = self.open.take() else { return };
         let (mut node, mut sum) = (Node::leaf(lane), gradient);
         while let Some((left, mut total)) = self.own.pop() {
             if !left.is_left() || left.parent() != node.parent() {
@@ -129,12 +149,12 @@ impl Gradients {
         node: Node,
     ) -> Result<&[f32], EngineError> {
         let missing = EngineError::Missing(Key::Partial { step, slice: id, node });
-        self.find_own(step, node).map(|sum| &sum[elements(slice)]).ok_or(missing)
+        self.find_own(step, slice, node).ok_or(missing)
     }
 
-    fn find_own(&self, step: Step, node: Node) -> Option<&Vec<f32>> {
-        let found = self.own.iter().find(|(n, _)| *n == node && self.step == Some(step));
-        found.map(|(_, sum)| sum)
+    fn find_own(&self, step: Step, slice: &Slice, node: Node) -> Option<&[f32]> {
+        let (_, sum) = self.own.iter().find(|(n, _)| *n == node && self.step == Some(step))?;
+        Some(&sum[self.elements(slice)?])
     }
 
     /// Adds up a slice to the root, frees what was received for it, and returns the result.
@@ -147,7 +167,7 @@ impl Gradients {
     ) -> Result<&[f32], EngineError> {
         let root = Node::root(self.lanes);
         let sum = match self.total(cpu, step, id, slice, root)? {
-            Cow::Borrowed(_) if self.find_own(step, root).is_some() => Final::Root(step),
+            Cow::Borrowed(_) if self.find_own(step, slice, root).is_some() => Final::Root(step),
             sum => Final::Sum(step, sum.into_owned()),
         };
         let (first, last) = (Node { level: 0, index: 0 }, Node { level: u8::MAX, index: u32::MAX });
@@ -169,8 +189,8 @@ impl Gradients {
         slice: &Slice,
         node: Node,
     ) -> Result<Cow<'_, [f32]>, EngineError> {
-        if let Some(sum) = self.find_own(step, node) {
-            return Ok(Cow::Borrowed(&sum[elements(slice)]));
+        if let Some(sum) = self.find_own(step, slice, node) {
+            return Ok(Cow::Borrowed(sum));
         }
         if let Some(sum) = self.received.get(&(step, id, node)) {
             return Ok(Cow::Borrowed(sum));
@@ -187,10 +207,7 @@ impl Gradients {
     pub(crate) fn last(&self, step: Step, id: SliceId, slice: &Slice) -> Result<&[f32], EngineError> {
         let missing = EngineError::NotReduced { step, slice: id };
         match &self.finals[id.0 as usize] {
-            Final::Root(s) if *s == step => {
-                let root = self.find_own(step, Node::root(self.lanes));
-                root.map(|sum| &sum[elements(slice)]).ok_or(missing)
-            }
+            Final::Root(s) if *s == step => self.find_own(step, slice, Node::root(self.lanes)).ok_or(missing),
             Final::Sum(s, sum) if *s == step => Ok(sum),
             _ => Err(missing),
         }

@@ -1,13 +1,16 @@
-//! Where each tensor lies in the flat model, as ranges that slice it directly.
+//! Where each tensor lies within its unit, as ranges that slice the unit's elements directly.
+//!
+//! Units are placed whole, so a worker holds some units' elements and no others; all layers are
+//! laid out alike.
 
 use crate::EngineError;
 use caravan_types::{ModelShape, UnitId};
 use std::ops::Range;
 
-/// Elements of the flat model.
+/// Elements of a unit.
 type Elements = Range<usize>;
 
-/// One transformer layer's tensors.
+/// A transformer layer's tensors.
 #[derive(Clone, Debug)]
 pub struct Layer {
     /// Gain of the norm before attention, `[dim]`.
@@ -41,16 +44,16 @@ pub struct Layout {
     pub vocab: usize,
     /// Longest sequence.
     pub context: usize,
-    /// Token embedding, [vocab, dim].
-    pub embedding: Elements,
-    /// The layers.
-    pub layers: Vec<Layer>,
-    /// Gain of the final norm, `[dim]`.
+    /// Number of layers: units 1 to this. Unit 0 is the token embedding, [vocab, dim].
+    pub layers: usize,
+    /// Each layer's tensors.
+    pub layer: Layer,
+    /// Gain of the final norm, `[dim]`, in the last unit.
     pub final_norm: Elements,
-    /// The head, [vocab, dim].
+    /// The head, [vocab, dim], in the last unit.
     pub head_weight: Elements,
-    /// Number of parameters.
-    pub parameters: usize,
+    /// Elements of each unit; the flat model is one after the other.
+    pub unit_lens: Vec<usize>,
 }
 
 impl Layout {
@@ -60,25 +63,16 @@ impl Layout {
     /// Where sizes contradict each other.
     pub fn new(shape: &ModelShape) -> Result<Self, EngineError> {
         check(shape)?;
-        let tensor = |unit: &[caravan_types::Parameter], i: usize| {
-            let range = unit[i].range();
-            range.start as usize..range.end as usize
+        let units = shape.units();
+        let tensor = |unit: u32, i: usize| {
+            let (start, range) = (shape.unit_range(UnitId(unit)).start, shape.unit(UnitId(unit))[i].range());
+            (range.start - start) as usize..(range.end - start) as usize
         };
-        let join = |unit: &[caravan_types::Parameter], i: usize, j: usize| {
-            tensor(unit, i).start..tensor(unit, j).end
+        let join = |i: usize, j: usize| tensor(1, i).start..tensor(1, j).end;
+        let len = |unit| {
+            let range = shape.unit_range(UnitId(unit));
+            (range.end - range.start) as usize
         };
-        let layer = |number| {
-            let unit = shape.unit(UnitId(number));
-            Layer {
-                attention_norm: tensor(&unit, 0),
-                qkv: join(&unit, 1, 3),
-                output: tensor(&unit, 4),
-                mlp_norm: tensor(&unit, 5),
-                gate_up: join(&unit, 6, 7),
-                down: tensor(&unit, 8),
-            }
-        };
-        let head = shape.unit(UnitId(shape.units() - 1));
         Ok(Self {
             dim: shape.dim as usize,
             heads: shape.heads as usize,
@@ -87,12 +81,55 @@ impl Layout {
             hidden: shape.hidden as usize,
             vocab: shape.vocab as usize,
             context: shape.context as usize,
-            embedding: tensor(&shape.unit(UnitId(0)), 0),
-            layers: (1..=shape.layers).map(layer).collect(),
-            final_norm: tensor(&head, 0),
-            head_weight: tensor(&head, 1),
-            parameters: shape.parameters() as usize,
+            layers: shape.layers as usize,
+            layer: Layer {
+                attention_norm: tensor(1, 0),
+                qkv: join(1, 3),
+                output: tensor(1, 4),
+                mlp_norm: tensor(1, 5),
+                gate_up: join(6, 7),
+                down: tensor(1, 8),
+            },
+            final_norm: tensor(units - 1, 0),
+            head_weight: tensor(units - 1, 1),
+            unit_lens: (0..units).map(len).collect(),
         })
+    }
+
+    /// Number of parameters.
+    #[must_use]
+    pub fn parameters(&self) -> usize {
+        self.unit_lens.iter().sum()
+    }
+
+    /// Number of units.
+    #[must_use]
+    pub fn units(&self) -> usize {
+        self.unit_lens.len()
+    }
+
+    /// A flat model, unit by unit. Its length is [`Layout::parameters`].
+    #[must_use]
+    pub fn split<'a, R>(&self, flat: &'a [R]) -> Vec<&'a [R]> {
+        let mut rest = flat;
+        let unit = |len: &usize| {
+            let (unit, after) = rest.split_at(*len);
+            rest = after;
+            unit
+        };
+        self.unit_lens.iter().map(unit).collect()
+    }
+
+    /// As [`Layout::split`], to write to.
+    #[must_use]
+    pub fn split_mut<'a, R>(&self, flat: &'a mut [R]) -> Vec<&'a mut [R]> {
+        let mut rest = flat;
+        let unit = |len: &usize| {
+            let (unit, after) = std::mem::take(&mut rest).split_at_mut(*len);
+            rest = after;
+            unit
+        };
+        self.unit_lens.iter().map(unit).collect()
     }
 
     /// Width of keys, and of values.

@@ -1,8 +1,10 @@
-//! Forward and backward of one micro-batch through a Llama.
+//! Forward and backward of micro-batches through a stage of a Llama.
 //!
-//! A [`Model`] holds shapes, tables and working memory, no weights: those come as one flat
-//! slice in the layout of [`caravan_types::model`], and gradients are added into another of
-//! that layout. Memory is taken at the first micro-batch and used again for all that follow.
+//! A stage is a contiguous range of units; the whole model is one, too. A [`Model`] holds
+//! shapes, tables and working memory, no weights: those come as one slice for each unit, and
+//! gradients are added into others like them. What a micro-batch leaves between its way forward
+//! and its way back is a [`Flight`]; a pipeline has several in the air at once. Memory is taken
+//! at the first micro-batch and used again for all that follow.
 //!
 //! What is kept for the backward pass is the input of each norm, rotated queries, keys and
 //! values, the output of attention, and gate and up. Norms and the product of gate and up
@@ -15,6 +17,7 @@ use caravan_kernels::matmul::{self, Into};
 use caravan_kernels::rope::{self, Turn};
 use caravan_kernels::{Cpu, Real, View, ViewMut, add, cross_entropy, embedding, rmsnorm, swiglu};
 use caravan_types::{MicroBatch, ModelShape};
+use std::ops::Range;
 
 /// Logits that exist at a time, about 32 MiB of f32: large enough that adding a chunk's share
 /// to the head's gradient costs little against computing it, small enough for a last-level
@@ -61,19 +64,38 @@ struct Memory<R> {
     losses: Vec<f64>,
 }
 
-/// A Llama without weights.
+/// A micro-batch between its way forward and its way back.
+#[derive(Debug, Default)]
+pub struct Flight<R> {
+    batch: MicroBatch,
+    /// One a layer of the stage, and the residual stream after the last one as the input of
+    /// one more.
+    kept: Vec<Kept<R>>,
+}
+
+impl<R> Flight<R> {
+    /// Its tokens, and how many of them count.
+    #[must_use]
+    pub fn tokens(&self) -> (usize, u64) {
+        (self.batch.tokens.len(), self.batch.counted.iter().filter(|c| **c).count() as u64)
+    }
+}
+
+/// A stage of a Llama, without weights.
 #[derive(Debug)]
 pub struct Model<R> {
     layout: Layout,
     epsilon: R,
     turns: rope::Table<R>,
-    /// One a layer, and the residual stream after the last one in `input` of the last.
-    kept: Vec<Kept<R>>,
+    /// The stage.
+    units: Range<usize>,
+    /// Memory of flights that have landed.
+    spare: Vec<Flight<R>>,
     memory: Memory<R>,
 }
 
 impl<R: Real> Model<R> {
-    /// A model of that shape.
+    /// The whole model of that shape.
     ///
     /// # Errors
     /// Where the shape contradicts itself.
@@ -82,7 +104,8 @@ impl<R: Real> Model<R> {
         Ok(Self {
             epsilon: R::from_f64(f64::from(shape.norm_eps)),
             turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
-            kept: (0..=layout.layers.len()).map(|_| Kept::default()).collect(),
+            units: 0..layout.units(),
+            spare: Vec::new(),
             memory: Memory::default(),
             layout,
         })
@@ -94,9 +117,39 @@ impl<R: Real> Model<R> {
         &self.layout
     }
 
+    /// From now on, computes with these units, which exist.
+    pub fn place(&mut self, units: Range<usize>) {
+        self.spare.clear();
+        self.units = units;
+    }
+
+    /// The stage's units.
+    #[must_use]
+    pub fn units(&self) -> Range<usize> {
+        self.units.clone()
+    }
+
+    /// Whether the stage begins with the embedding.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.units.start == 0
+    }
+
+    /// Whether the stage ends with the head, and so with the loss.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        self.units.end == self.layout.units()
+    }
+
+    /// The stage's layers, counted from 0 in the model.
+    fn layers(&self) -> Range<usize> {
+        let end = self.units.end.min(self.layout.layers + 1);
+        self.units.start.max(1) - 1..end.max(1) - 1
+    }
+
     /// Adds the gradient of `scale` · Σ_counted −log p(target) to `gradient` and returns that
-    /// sum. `stop` is asked between layers; once it says so, the answer is none and
-    /// `gradient` is good for nothing.
+    /// sum, for a stage that is the whole model. Weights and gradient are flat. `stop` is asked
+    /// between layers; once it says so, the answer is none and `gradient` is good for nothing.
     ///
     /// # Errors
     /// Where the micro-batch does not fit the model: the reason.
@@ -109,40 +162,132 @@ impl<R: Real> Model<R> {
         scale: f64,
         stop: &(dyn Fn() -> bool + Sync),
     ) -> Result<Option<f64>, String> {
-        check(&self.layout, batch)?;
-        self.reserve(cpu, batch.sequences * batch.length);
-        Ok(cpu.install(|| {
-            if !self.forward(cpu, weights, batch, stop) {
-                return None;
-            }
-            let loss = self.head(cpu, weights, gradient, batch, scale, stop)?;
-            self.backward(cpu, weights, gradient, batch, stop).then_some(loss)
-        }))
+        let (weights, mut gradient) = (self.layout.split(weights), self.layout.split_mut(gradient));
+        let Some(flight) = self.forward(cpu, &weights, batch.clone(), None, stop)? else { return Ok(None) };
+        self.backward(cpu, &weights, &mut gradient, flight, None, scale, stop)
     }
 
-    /// The logits of every position, for comparisons: rows of `vocab`.
+    /// The logits of every position, for comparisons: rows of `vocab`. Weights are flat.
     ///
     /// # Errors
     /// Where the micro-batch does not fit the model: the reason.
     pub fn logits(&mut self, cpu: &Cpu, weights: &[R], batch: &MicroBatch) -> Result<Vec<R>, String> {
-        check(&self.layout, batch)?;
-        let n = batch.sequences * batch.length;
-        self.reserve(cpu, n);
-        self.forward(cpu, weights, batch, &|| false);
+        let weights = self.layout.split(weights);
+        let flight = self.forward(cpu, &weights, batch.clone(), None, &|| false)?.unwrap_or_default();
+        let n = batch.tokens.len();
         let mut logits = vec![R::ZERO; n * self.layout.vocab];
-        self.final_norm(cpu, weights, n);
-        let head = &weights[self.layout.head_weight.clone()];
+        let last = weights[self.layout.layers + 1];
+        self.final_norm(cpu, last, &flight, n);
+        let head = &last[self.layout.head_weight.clone()];
         let normed = &self.memory.normed[..n * self.layout.dim];
         product(cpu, normed, self.layout.dim, head, &mut logits, Into::Set);
+        self.spare.push(flight);
         Ok(logits)
     }
 
+    /// Takes a micro-batch forward through the stage; `weights` has the elements of each of its
+    /// units at the unit's number. `input` is the residual stream before the stage's first
+    /// layer, [tokens, dim], where that is not the embedding. None where it was stopped.
+    ///
+    /// # Errors
+    /// Where the micro-batch or its input does not fit the model: the reason.
+    pub fn forward(
+        &mut self,
+        cpu: &Cpu,
+        weights: &[&[R]],
+        batch: MicroBatch,
+        input: Option<&[R]>,
+        stop: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Option<Flight<R>>, String> {
+        check(&self.layout, &batch)?;
+        let (n, dim) = (batch.tokens.len(), self.layout.dim);
+        self.check_stream(input, n, !self.is_first())?;
+        let mut flight = self.spare.pop().unwrap_or_default();
+        flight.batch = batch;
+        self.reserve(cpu, &mut flight, n);
+        Ok(cpu.install(|| {
+            let stream = &mut flight.kept[0].input[..n * dim];
+            match input {
+                Some(input) => add::copy(cpu, stream, input),
+                None => embedding::forward(cpu, &flight.batch.tokens, weights[0], dim, stream),
+            }
+            for (i, layer) in self.layers().enumerate() {
+                if stop() {
+                    return None;
+                }
+                self.forward_layer(cpu, weights[layer + 1], &mut flight, i);
+            }
+            Some(flight)
+        }))
+    }
+
+    /// The residual stream after the stage, [tokens, dim].
+    #[must_use]
+    pub fn output<'a>(&self, flight: &'a Flight<R>) -> &'a [R] {
+        let n = flight.batch.tokens.len() * self.layout.dim;
+        flight.kept.last().map_or(&[], |last| &last.input[..n])
+    }
+
+    /// Takes a micro-batch back through the stage and adds to `gradient`, which is laid out as
+    /// the weights are. `coming` is the gradient of [`Model::output`], where another stage
+    /// follows; the last stage starts from the loss and returns it, others return 0. None where
+    /// it was stopped. After it, [`Model::input_gradient`] is that of the stage's input.
+    ///
+    /// # Errors
+    /// Where `coming` does not fit the micro-batch: the reason.
+    #[allow(clippy::too_many_arguments, reason = "a pass needs all of these, and each once")]
+    pub fn backward(
+        &mut self,
+        cpu: &Cpu,
+        weights: &[&[R]],
+        gradient: &mut [&mut [R]],
+        flight: Flight<R>,
+        coming: Option<&[R]>,
+        scale: f64,
+        stop: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Option<f64>, String> {
+        self.check_stream(coming, flight.batch.tokens.len(), !self.is_last())?;
+        let loss = cpu.install(|| {
+            let loss = match coming {
+                Some(coming) => {
+                    add::copy(cpu, &mut self.memory.dstream[..coming.len()], coming);
+                    0.0
+                }
+                None => {
+                    let last = self.layout.layers + 1;
+                    self.head(cpu, weights[last], gradient[last], &flight, scale, stop)?
+                }
+            };
+            self.back_through(cpu, weights, gradient, &flight, stop).then_some(loss)
+        });
+        self.spare.push(flight);
+        Ok(loss)
+    }
+
+    /// The gradient of the residual stream before the stage, of the micro-batch of `tokens`
+    /// tokens that went back last: [tokens, dim].
+    #[must_use]
+    pub fn input_gradient(&self, tokens: usize) -> &[R] {
+        &self.memory.dstream[..tokens * self.layout.dim]
+    }
+
+    /// Whether what another stage sent is there where it must be, and of the right size.
+    fn check_stream(&self, stream: Option<&[R]>, tokens: usize, needed: bool) -> Result<(), String> {
+        let expected = needed.then_some(tokens * self.layout.dim);
+        let found = stream.map(<[R]>::len);
+        if found == expected {
+            return Ok(());
+        }
+        Err(format!("the residual stream from another stage has {found:?} values instead of {expected:?}"))
+    }
+
     /// Takes memory for `n` tokens.
-    fn reserve(&mut self, cpu: &Cpu, n: usize) {
+    fn reserve(&mut self, cpu: &Cpu, flight: &mut Flight<R>, n: usize) {
         let Layout { dim, heads, hidden, vocab, .. } = self.layout;
         let qkv = self.layout.qkv();
-        let last = self.layout.layers.len();
-        for (i, kept) in self.kept.iter_mut().enumerate() {
+        let last = self.layers().len();
+        flight.kept.resize_with(last + 1, Kept::default);
+        for (i, kept) in flight.kept.iter_mut().enumerate() {
             grow(&mut kept.input, n * dim);
             if i < last {
                 grow(&mut kept.qkv, n * qkv);
@@ -159,10 +304,12 @@ impl<R: Real> Model<R> {
         grow(&mut m.dqkv, n * qkv);
         grow(&mut m.dnormed, n * dim);
         grow(&mut m.dstream, n * dim);
-        grow(&mut m.logits, chunk_rows(vocab).min(n) * vocab);
-        grow(&mut m.losses, n);
-        grow(&mut m.head[0], matmul::packed_len::<R>(dim, vocab, cpu.family()));
-        grow(&mut m.head[1], matmul::packed_len::<R>(vocab, dim, cpu.family()));
+        if self.units.end == self.layout.units() {
+            grow(&mut m.logits, chunk_rows(vocab).min(n) * vocab);
+            grow(&mut m.losses, n);
+            grow(&mut m.head[0], matmul::packed_len::<R>(dim, vocab, cpu.family()));
+            grow(&mut m.head[1], matmul::packed_len::<R>(vocab, dim, cpu.family()));
+        }
     }
 
     fn attention_shape(&self, batch: &MicroBatch) -> attention::Shape {
@@ -171,29 +318,16 @@ impl<R: Real> Model<R> {
         attention::Shape { sequences, queries: length, keys: length, heads, kv_heads, head }
     }
 
-    /// Fills `kept`; false where it was stopped.
-    fn forward(&mut self, cpu: &Cpu, weights: &[R], batch: &MicroBatch, stop: &dyn Fn() -> bool) -> bool {
-        let dim = self.layout.dim;
-        let n = batch.tokens.len();
-        let table = &weights[self.layout.embedding.clone()];
-        embedding::forward(cpu, &batch.tokens, table, dim, &mut self.kept[0].input[..n * dim]);
-        for l in 0..self.layout.layers.len() {
-            if stop() {
-                return false;
-            }
-            self.forward_layer(cpu, weights, batch, l);
-        }
-        true
-    }
-
-    fn forward_layer(&mut self, cpu: &Cpu, weights: &[R], batch: &MicroBatch, l: usize) {
+    /// One layer; `w` is its unit, `i` counts the stage's layers.
+    fn forward_layer(&mut self, cpu: &Cpu, w: &[R], flight: &mut Flight<R>, i: usize) {
         let Layout { dim, hidden, .. } = self.layout;
+        let batch = &flight.batch;
         let (n, width) = (batch.tokens.len(), self.layout.qkv());
         let shape = self.attention_shape(batch);
         let Layer { attention_norm, qkv: w_qkv, output, mlp_norm, gate_up: w_gate_up, down } =
-            self.layout.layers[l].clone();
-        let (kept, rest) = self.kept.split_at_mut(l + 1);
-        let Kept { input, qkv, attention, lse, middle, gate_up } = &mut kept[l];
+            self.layout.layer.clone();
+        let (kept, rest) = flight.kept.split_at_mut(i + 1);
+        let Kept { input, qkv, attention, lse, middle, gate_up } = &mut kept[i];
         let (input, qkv) = (&input[..n * dim], &mut qkv[..n * width]);
         let (attention, lse) = (&mut attention[..n * dim], &mut lse[..n * shape.heads]);
         let (middle, gate_up) = (&mut middle[..n * dim], &mut gate_up[..n * 2 * hidden]);
@@ -201,46 +335,47 @@ impl<R: Real> Model<R> {
         let activated = &mut self.memory.product[..n * hidden];
         let next = &mut rest[0].input[..n * dim];
 
-        rmsnorm::forward(cpu, input, &weights[attention_norm], self.epsilon, normed);
-        product(cpu, normed, dim, &weights[w_qkv], qkv, Into::Set);
+        rmsnorm::forward(cpu, input, &w[attention_norm], self.epsilon, normed);
+        product(cpu, normed, dim, &w[w_qkv], qkv, Into::Set);
         let turned = dim + self.layout.kv();
         rope::rope(cpu, qkv, width, turned, (0, batch.length), &self.turns, Turn::Forward);
         let inputs = Inputs::fused(qkv, &shape, &batch.document_start);
         attention::forward(cpu, &shape, &inputs, attention, lse);
         add::copy(cpu, middle, input);
-        product(cpu, attention, dim, &weights[output], middle, Into::Add);
+        product(cpu, attention, dim, &w[output], middle, Into::Add);
 
-        rmsnorm::forward(cpu, middle, &weights[mlp_norm], self.epsilon, normed);
-        product(cpu, normed, dim, &weights[w_gate_up], gate_up, Into::Set);
+        rmsnorm::forward(cpu, middle, &w[mlp_norm], self.epsilon, normed);
+        product(cpu, normed, dim, &w[w_gate_up], gate_up, Into::Set);
         swiglu::forward(cpu, gate_up, hidden, activated);
         add::copy(cpu, next, middle);
-        product(cpu, activated, hidden, &weights[down], next, Into::Add);
+        product(cpu, activated, hidden, &w[down], next, Into::Add);
     }
 
-    /// Normalises the residual stream after the last layer into `normed`.
-    fn final_norm(&mut self, cpu: &Cpu, weights: &[R], n: usize) {
-        let dim = self.layout.dim;
-        let stream = &self.kept[self.layout.layers.len()].input[..n * dim];
-        let gain = &weights[self.layout.final_norm.clone()];
-        rmsnorm::forward(cpu, stream, gain, self.epsilon, &mut self.memory.normed[..n * dim]);
+    /// Normalises the residual stream after the last layer into `normed`; `w` is the last unit.
+    fn final_norm(&mut self, cpu: &Cpu, w: &[R], flight: &Flight<R>, n: usize) {
+        let gain = &w[self.layout.final_norm.clone()];
+        let normed = &mut self.memory.normed[..n * self.layout.dim];
+        let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..normed.len()]);
+        rmsnorm::forward(cpu, stream, gain, self.epsilon, normed);
     }
 
     /// Final norm, head and loss, forward and backward, a chunk of logits at a time. Leaves
-    /// the gradient of the residual stream in `dstream`.
+    /// the gradient of the residual stream in `dstream`. `w` is the last unit, `g` its gradient.
     fn head(
         &mut self,
         cpu: &Cpu,
-        weights: &[R],
-        gradient: &mut [R],
-        batch: &MicroBatch,
+        w: &[R],
+        g: &mut [R],
+        flight: &Flight<R>,
         scale: f64,
         stop: &dyn Fn() -> bool,
     ) -> Option<f64> {
         let Layout { dim, vocab, .. } = self.layout;
+        let batch = &flight.batch;
         let n = batch.tokens.len();
-        self.final_norm(cpu, weights, n);
+        self.final_norm(cpu, w, flight, n);
         let m = &mut self.memory;
-        let head = View::rows_of(&weights[self.layout.head_weight.clone()], dim);
+        let head = View::rows_of(&w[self.layout.head_weight.clone()], dim);
         let [forward, backward] = &mut m.head;
         let forward = matmul::pack(cpu, head.t(), forward);
         let backward = matmul::pack(cpu, head, backward);
@@ -260,92 +395,86 @@ impl<R: Real> Model<R> {
             cross_entropy::forward_backward(cpu, logits, vocab, targets, counted, scale, losses);
             let dlogits = View::rows_of(logits, vocab);
             matmul::product(cpu, dlogits, &backward, ViewMut::rows_of(dnormed, dim), Into::Set);
-            outer(cpu, logits, vocab, normed, dim, &mut gradient[self.layout.head_weight.clone()]);
+            outer(cpu, logits, vocab, normed, dim, &mut g[self.layout.head_weight.clone()]);
         }
-        let stream = &self.kept[self.layout.layers.len()].input[..n * dim];
         let gain = self.layout.final_norm.clone();
         let (dnormed, dstream) = (&m.dnormed[..n * dim], &mut m.dstream[..n * dim]);
+        let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..n * dim]);
         add::zero(cpu, dstream);
-        let dgain = &mut gradient[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, stream, &weights[gain], self.epsilon, dstream, dgain);
+        let dgain = &mut g[gain.clone()];
+        rmsnorm::backward(cpu, dnormed, stream, &w[gain], self.epsilon, dstream, dgain);
         Some(m.losses[..n].iter().sum())
     }
 
     /// The layers from last to first, then the embedding; false where it was stopped.
-    fn backward(
+    fn back_through(
         &mut self,
         cpu: &Cpu,
-        weights: &[R],
-        gradient: &mut [R],
-        batch: &MicroBatch,
+        weights: &[&[R]],
+        gradient: &mut [&mut [R]],
+        flight: &Flight<R>,
         stop: &dyn Fn() -> bool,
     ) -> bool {
-        for l in (0..self.layout.layers.len()).rev() {
+        for (i, layer) in self.layers().enumerate().rev() {
             if stop() {
                 return false;
             }
-            self.backward_mlp(cpu, weights, gradient, batch.tokens.len(), l);
-            self.backward_attention(cpu, weights, gradient, batch, l);
+            let (w, g) = (weights[layer + 1], &mut *gradient[layer + 1]);
+            self.backward_mlp(cpu, w, g, &flight.kept[i], flight.batch.tokens.len());
+            self.backward_attention(cpu, w, g, &flight.kept[i], &flight.batch);
         }
-        let dim = self.layout.dim;
-        let dstream = &self.memory.dstream[..batch.tokens.len() * dim];
-        let table = &mut gradient[self.layout.embedding.clone()];
-        embedding::backward(cpu, &batch.tokens, dstream, dim, table);
+        if self.is_first() {
+            let dim = self.layout.dim;
+            let dstream = &self.memory.dstream[..flight.batch.tokens.len() * dim];
+            embedding::backward(cpu, &flight.batch.tokens, dstream, dim, gradient[0]);
+        }
         true
     }
 
-    fn backward_mlp(&mut self, cpu: &Cpu, weights: &[R], gradient: &mut [R], n: usize, l: usize) {
+    fn backward_mlp(&mut self, cpu: &Cpu, w: &[R], g: &mut [R], kept: &Kept<R>, n: usize) {
         let Layout { dim, hidden, .. } = self.layout;
-        let layer = &self.layout.layers[l];
+        let layer = &self.layout.layer;
         let m = &mut self.memory;
         let (normed, dnormed) = (&mut m.normed[..n * dim], &mut m.dnormed[..n * dim]);
         let (activated, dgate_up) = (&mut m.product[..n * hidden], &mut m.dgate_up[..n * 2 * hidden]);
         let dstream = &mut m.dstream[..n * dim];
-        let middle = &self.kept[l].middle[..n * dim];
-        let gate_up = &self.kept[l].gate_up[..n * 2 * hidden];
+        let middle = &kept.middle[..n * dim];
+        let gate_up = &kept.gate_up[..n * 2 * hidden];
         let gain = layer.mlp_norm.clone();
 
-        back(cpu, dstream, dim, &weights[layer.down.clone()], hidden, activated);
+        back(cpu, dstream, dim, &w[layer.down.clone()], hidden, activated);
         swiglu::backward(cpu, activated, gate_up, hidden, dgate_up);
-        outer(cpu, dstream, dim, activated, hidden, &mut gradient[layer.down.clone()]);
-        back(cpu, dgate_up, 2 * hidden, &weights[layer.gate_up.clone()], dim, dnormed);
-        rmsnorm::forward(cpu, middle, &weights[gain.clone()], self.epsilon, normed);
-        outer(cpu, dgate_up, 2 * hidden, normed, dim, &mut gradient[layer.gate_up.clone()]);
-        let dgain = &mut gradient[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, middle, &weights[gain], self.epsilon, dstream, dgain);
+        outer(cpu, dstream, dim, activated, hidden, &mut g[layer.down.clone()]);
+        back(cpu, dgate_up, 2 * hidden, &w[layer.gate_up.clone()], dim, dnormed);
+        rmsnorm::forward(cpu, middle, &w[gain.clone()], self.epsilon, normed);
+        outer(cpu, dgate_up, 2 * hidden, normed, dim, &mut g[layer.gate_up.clone()]);
+        let dgain = &mut g[gain.clone()];
+        rmsnorm::backward(cpu, dnormed, middle, &w[gain], self.epsilon, dstream, dgain);
     }
 
-    fn backward_attention(
-        &mut self,
-        cpu: &Cpu,
-        weights: &[R],
-        gradient: &mut [R],
-        batch: &MicroBatch,
-        l: usize,
-    ) {
+    fn backward_attention(&mut self, cpu: &Cpu, w: &[R], g: &mut [R], kept: &Kept<R>, batch: &MicroBatch) {
         let dim = self.layout.dim;
         let (n, width) = (batch.tokens.len(), self.layout.qkv());
         let shape = self.attention_shape(batch);
-        let layer = &self.layout.layers[l];
+        let layer = &self.layout.layer;
         let m = &mut self.memory;
         let (normed, dnormed) = (&mut m.normed[..n * dim], &mut m.dnormed[..n * dim]);
         let (dqkv, dstream) = (&mut m.dqkv[..n * width], &mut m.dstream[..n * dim]);
-        let kept = &self.kept[l];
         let (input, qkv) = (&kept.input[..n * dim], &kept.qkv[..n * width]);
         let (out, lse) = (&kept.attention[..n * dim], &kept.lse[..n * shape.heads]);
         let gain = layer.attention_norm.clone();
 
-        back(cpu, dstream, dim, &weights[layer.output.clone()], dim, dnormed);
-        outer(cpu, dstream, dim, out, dim, &mut gradient[layer.output.clone()]);
+        back(cpu, dstream, dim, &w[layer.output.clone()], dim, dnormed);
+        outer(cpu, dstream, dim, out, dim, &mut g[layer.output.clone()]);
         let inputs = Inputs::fused(qkv, &shape, &batch.document_start);
         attention::backward(cpu, &shape, &inputs, (out, lse), dnormed, dqkv);
         let turned = dim + self.layout.kv();
         rope::rope(cpu, dqkv, width, turned, (0, batch.length), &self.turns, Turn::Backward);
-        back(cpu, dqkv, width, &weights[layer.qkv.clone()], dim, dnormed);
-        rmsnorm::forward(cpu, input, &weights[gain.clone()], self.epsilon, normed);
-        outer(cpu, dqkv, width, normed, dim, &mut gradient[layer.qkv.clone()]);
-        let dgain = &mut gradient[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, input, &weights[gain], self.epsilon, dstream, dgain);
+        back(cpu, dqkv, width, &w[layer.qkv.clone()], dim, dnormed);
+        rmsnorm::forward(cpu, input, &w[gain.clone()], self.epsilon, normed);
+        outer(cpu, dqkv, width, normed, dim, &mut g[layer.qkv.clone()]);
+        let dgain = &mut g[gain.clone()];
+        rmsnorm::backward(cpu, dnormed, input, &w[gain], self.epsilon, dstream, dgain);
     }
 }
 

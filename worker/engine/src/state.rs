@@ -1,14 +1,17 @@
 //! Weights, moments, and at which step each slice of them is.
 //!
+//! Weights of the units that are computed with lie unit by unit; a slice that is owned without
+//! its unit being computed with has weights of its own. A new plan may ask for other units:
+//! those of the old one stay until they are given up, since others may have to be healed with
+//! them.
+//!
 //! In fp32 the master weights are the weights, so they exist once. That has one consequence:
 //! weights of another step that are installed over a slice end its training state here.
 
-use crate::layout::Layout;
 use crate::{EngineError, init};
 use caravan_kernels::Cpu;
 use caravan_kernels::adamw::{Update, adamw};
-use caravan_types::peer::Key;
-use caravan_types::{ModelShape, Part, Slice, SliceId, SliceTable, Step};
+use caravan_types::{ModelShape, Part, Slice, SliceId, SliceTable, Step, UnitId};
 use std::ops::Range;
 
 /// First and second moments of a slice.
@@ -35,17 +38,87 @@ pub(crate) struct State {
     shape: ModelShape,
     seed: u64,
     table: SliceTable,
-    weights: Vec<f32>,
+    /// Elements of each unit that is here; else empty.
+    units: Vec<Vec<f32>>,
+    /// Slices of each unit.
+    by_unit: Vec<Range<usize>>,
+    /// Weights of each slice that is here while its unit is not; else empty.
+    loose: Vec<Vec<f32>>,
     held: Vec<Held>,
 }
 
 impl State {
-    pub(crate) fn new(shape: &ModelShape, seed: u64, layout: &Layout) -> Self {
+    pub(crate) fn new(shape: &ModelShape, seed: u64) -> Self {
         let table = SliceTable::new(shape);
         let parameters = shape.all_parameters();
         let held = table.iter().map(|(_, slice)| Held { runs: runs(slice, &parameters), ..Held::default() });
         let held = held.collect();
-        Self { shape: shape.clone(), seed, weights: vec![0.0; layout.parameters], held, table }
+        let units: Vec<u32> = table.iter().map(|(_, slice)| slice.unit.0).collect();
+        let of = |unit: u32| units.partition_point(|u| *u < unit)..units.partition_point(|u| *u <= unit);
+        Self {
+            shape: shape.clone(),
+            seed,
+            units: vec![Vec::new(); shape.units() as usize],
+            by_unit: (0..shape.units()).map(of).collect(),
+            loose: vec![Vec::new(); table.len()],
+            held,
+            table,
+        }
+    }
+
+    /// Elements of the flat model in these units, which exist.
+    pub(crate) fn elements(&self, units: &Range<u32>) -> Range<u64> {
+        if units.is_empty() {
+            return 0..0;
+        }
+        let (first, last) = (UnitId(units.start), UnitId(units.end - 1));
+        self.shape.unit_range(first).start..self.shape.unit_range(last).end
+    }
+
+    /// Gets ready to compute with these units. What was here stays.
+    pub(crate) fn place(&mut self, units: &Range<u32>) -> Result<(), EngineError> {
+        if units.end > self.shape.units() {
+            return Err(EngineError::Units(units.start, units.end, self.shape.units()));
+        }
+        for unit in units.start as usize..units.end as usize {
+            if !self.units[unit].is_empty() {
+                continue;
+            }
+            let range = self.shape.unit_range(UnitId(unit as u32));
+            let mut elements = vec![0.0; (range.end - range.start) as usize];
+            for id in self.by_unit[unit].clone() {
+                let loose = std::mem::take(&mut self.loose[id]);
+                if !loose.is_empty() {
+                    elements[self.within(id)].copy_from_slice(&loose);
+                }
+            }
+            self.units[unit] = elements;
+        }
+        Ok(())
+    }
+
+    /// Gives up the weights of all other units, but for slices with training state.
+    pub(crate) fn narrow(&mut self, units: &Range<u32>) {
+        for unit in 0..self.units.len() {
+            if units.contains(&(unit as u32)) || self.units[unit].is_empty() {
+                continue;
+            }
+            let elements = std::mem::take(&mut self.units[unit]);
+            for id in self.by_unit[unit].clone() {
+                let within = self.within(id);
+                match self.held[id].moments {
+                    Some(_) => self.loose[id] = elements[within].to_vec(),
+                    None => self.held[id].weights = None,
+                }
+            }
+        }
+    }
+
+    /// A slice's elements within its unit; the slice exists.
+    fn within(&self, id: usize) -> Range<usize> {
+        let Some(slice) = self.table.get(SliceId(id as u32)) else { return 0..0 };
+        let start = self.shape.unit_range(slice.unit).start;
+        (slice.range.start - start) as usize..(slice.range.end - start) as usize
     }
 
     /// The cut of the model.
@@ -58,39 +131,47 @@ impl State {
         self.table.get(id).ok_or(EngineError::UnknownSlice(id, self.table.len()))
     }
 
-    /// The flat weights, if all of them are at `step`.
-    pub(crate) fn weights_at(&self, step: Step) -> Result<&[f32], EngineError> {
-        let wrong = self.held.iter().position(|held| held.weights != Some(step));
-        match wrong {
-            None => Ok(&self.weights),
-            Some(i) => {
-                let slice = SliceId(i as u32);
-                Err(EngineError::WeightsAt { slice, expected: step, found: self.held[i].weights })
+    /// Each unit's weights, if all of these units' are here and at `step`; others are empty.
+    pub(crate) fn weights_at(&self, step: Step, units: Range<usize>) -> Result<Vec<&[f32]>, EngineError> {
+        for id in self.by_unit[units.clone()].iter().cloned().flatten() {
+            let found = self.held[id].weights;
+            if found != Some(step) {
+                let slice = SliceId(id as u32);
+                return Err(EngineError::WeightsAt { slice, expected: step, found });
             }
         }
+        let here = |(u, unit): (usize, &'_ Vec<f32>)| units.contains(&u) && !unit.is_empty();
+        let pick = |(u, unit)| if here((u, unit)) { unit.as_slice() } else { &[][..] };
+        Ok(self.units.iter().enumerate().map(pick).collect())
     }
 
-    /// A slice's elements, its weights and what else is held of it.
-    fn parts(&mut self, id: SliceId) -> Result<(Range<u64>, &mut [f32], &mut Held), EngineError> {
-        let range = self.slice(id)?.range.clone();
-        let elements = range.start as usize..range.end as usize;
-        Ok((range, &mut self.weights[elements], &mut self.held[id.0 as usize]))
-    }
-
-    /// Values that a payload of this key must have.
-    pub(crate) fn payload_len(&self, key: &Key) -> Result<usize, EngineError> {
-        let n = self.slice(key.slice())?.len();
-        Ok(if matches!(key, Key::State { .. }) { 3 * n } else { n })
+    /// A slice's weights and what else is held of it. Makes room for them where there is none.
+    fn parts(&mut self, id: SliceId) -> Result<(&mut [f32], &mut Held), EngineError> {
+        let (unit, len) = {
+            let slice = self.slice(id)?;
+            (slice.unit.0 as usize, slice.len())
+        };
+        let within = self.within(id.0 as usize);
+        let held = &mut self.held[id.0 as usize];
+        if !self.units[unit].is_empty() {
+            return Ok((&mut self.units[unit][within], held));
+        }
+        let loose = &mut self.loose[id.0 as usize];
+        loose.resize(len, 0.0);
+        Ok((loose, held))
     }
 
     /// A slice's weights, where they are at `step`.
     pub(crate) fn slice_weights(&self, id: SliceId, step: Step) -> Result<&[f32], EngineError> {
-        let range = &self.slice(id)?.range;
+        let unit = self.slice(id)?.unit.0 as usize;
         let found = self.held[id.0 as usize].weights;
         if found != Some(step) {
             return Err(EngineError::WeightsAt { slice: id, expected: step, found });
         }
-        Ok(&self.weights[range.start as usize..range.end as usize])
+        match self.units[unit].as_slice() {
+            [] => Ok(&self.loose[id.0 as usize]),
+            elements => Ok(&elements[self.within(id.0 as usize)]),
+        }
     }
 
     /// A slice's master weights and moments, one after the other.
@@ -110,7 +191,7 @@ impl State {
 
     /// Takes weights into use. Where training state of that very step is here, it has them.
     pub(crate) fn set_weights(&mut self, id: SliceId, step: Step, new: &[f32]) -> Result<(), EngineError> {
-        let (_, weights, held) = self.parts(id)?;
+        let (weights, held) = self.parts(id)?;
         if held.moments.as_ref().is_some_and(|m| m.step == step) {
             return Ok(());
         }
@@ -122,7 +203,7 @@ impl State {
 
     /// Takes training state (master weights, moments) into use.
     pub(crate) fn set_state(&mut self, id: SliceId, step: Step, new: &[f32]) -> Result<(), EngineError> {
-        let (_, weights, held) = self.parts(id)?;
+        let (weights, held) = self.parts(id)?;
         let (master, moments) = new.split_at(weights.len());
         let (m, v) = moments.split_at(weights.len());
         weights.copy_from_slice(master);
@@ -151,9 +232,15 @@ impl State {
         Ok(())
     }
 
-    /// Drops a slice's training state; its weights stay.
+    /// Drops a slice's training state; its weights stay where its unit is computed with.
     pub(crate) fn drop_state(&mut self, id: SliceId) -> Result<(), EngineError> {
-        self.parts(id)?.2.moments = None;
+        let unit = self.slice(id)?.unit.0 as usize;
+        let held = &mut self.held[id.0 as usize];
+        held.moments = None;
+        if self.units[unit].is_empty() {
+            self.loose[id.0 as usize] = Vec::new();
+            held.weights = None;
+        }
         Ok(())
     }
 
@@ -166,7 +253,7 @@ impl State {
         gradient: &[f32],
     ) -> Result<(), EngineError> {
         let (step, before) = (Step(update.step), Step(update.step.saturating_sub(1)));
-        let (_, weights, held) = self.parts(id)?;
+        let (weights, held) = self.parts(id)?;
         let found = held.moments.as_ref().map(|m| m.step);
         let Some(moments) = held.moments.as_mut().filter(|m| m.step == before) else {
             return Err(EngineError::StateAt { slice: id, expected: before, found });

@@ -6,9 +6,9 @@ mod common;
 use caravan_engine::{Checkpoints, EngineError, Executor};
 use caravan_kernels::Family;
 use caravan_types::lanes::cover;
-use caravan_types::peer::Key;
+use caravan_types::peer::{Key, LaneResult};
 use caravan_types::task::{Done, Task};
-use caravan_types::{Generation, Lane, Node, Part, RunSpec, SliceId, SliceSet, SliceTable, Step};
+use caravan_types::{Generation, Lane, MicroId, Node, Part, RunSpec, SliceId, SliceSet, SliceTable, Step};
 use common::{Memory, NoCheckpoints, spec, tiny};
 use proptest::prelude::*;
 use std::cell::RefCell;
@@ -26,7 +26,17 @@ fn run_spec() -> RunSpec {
 }
 
 fn engine(run: &RunSpec, threads: usize) -> Engine {
-    Executor::new(run, threads, Arc::new(AtomicU64::new(G.0)), Memory::of(run), NoCheckpoints).unwrap()
+    placed(Executor::new(run, threads, Arc::new(AtomicU64::new(G.0)), Memory::of(run), NoCheckpoints), run)
+}
+
+/// An executor that computes with the whole model.
+fn placed<C: Checkpoints>(
+    engine: Result<Executor<Memory, C>, EngineError>,
+    run: &RunSpec,
+) -> Executor<Memory, C> {
+    let mut engine = engine.unwrap();
+    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine
 }
 
 /// One executor with all training state at step 0.
@@ -44,14 +54,10 @@ fn reduce(engine: &mut Engine, step: Step, slice: SliceId) -> Vec<f64> {
     }
 }
 
-fn compute(engine: &mut Engine, step: Step, lanes: Range<Lane>) -> Vec<(Lane, f64)> {
-    match engine.run(Task::Compute { generation: G, step, lanes }).unwrap() {
-        Some(Done::Computed { losses, .. }) => losses,
-        other => panic!("{other:?}"),
-    }
+fn compute(engine: &mut Engine, step: Step, lanes: Range<Lane>) -> Vec<LaneResult> {
+    common::compute(engine, G, step, (lanes, 2)).unwrap()
 }
 
-/// A whole step on one executor.
 fn step_alone(engine: &mut Engine, step: Step, slices: &SliceSet, lanes: u32) {
     compute(engine, step, 0..lanes);
     let square: f64 = slices.iter().flat_map(|s| reduce(engine, step, s)).sum();
@@ -105,7 +111,7 @@ fn train(run: &RunSpec, parts: &[Range<Lane>], redundancy: usize, steps: u64) ->
                 engine.run(Task::Install(key)).unwrap();
             }
         }
-        history.push(losses.iter().map(|(_, loss)| loss).sum());
+        history.push(losses.iter().map(|lane| lane.loss).sum());
     }
     let weights = engines[0].weights(Step(steps)).unwrap().to_vec();
     assert!(engines.iter().all(|e| e.weights(Step(steps)).unwrap() == weights));
@@ -123,14 +129,12 @@ fn training_lowers_the_loss() {
         run.batch.lanes,
         run.batch.micro_batches,
     );
-    let mut engine = Executor::new(&run, 2, Default::default(), memory, NoCheckpoints).unwrap();
+    let mut engine = placed(Executor::new(&run, 2, Default::default(), memory, NoCheckpoints), &run);
     let slices = SliceSet::all(SliceTable::new(&run.model).len());
     engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
     let mut losses = Vec::new();
     for step in (1..=30).map(Step) {
-        let done = engine.run(Task::Compute { generation: G, step, lanes: 0..8 }).unwrap();
-        let Some(Done::Computed { losses: lanes, .. }) = done else { panic!("{done:?}") };
-        losses.push(lanes.iter().map(|(_, loss)| loss).sum::<f64>());
+        losses.push(compute(&mut engine, step, 0..8).iter().map(|lane| lane.loss).sum::<f64>());
         let mut square = 0.0;
         for slice in slices.iter() {
             let done = engine.run(Task::Reduce { generation: G, step, slice }).unwrap();
@@ -163,6 +167,115 @@ proptest! {
     }
 }
 
+/// Trains on a pipeline of executors, each with some units and the slices in them, the way
+/// 1F1B goes: as many micro-batches in the air as stages follow.
+fn train_in_stages(run: &RunSpec, borders: &[u32], steps: u64) -> (Vec<f32>, Vec<f64>) {
+    let table = SliceTable::new(&run.model);
+    let stages: Vec<Range<u32>> = borders.windows(2).map(|b| b[0]..b[1]).collect();
+    let owned = |stage: &Range<u32>| -> SliceSet {
+        table.iter().filter(|(_, s)| stage.contains(&s.unit.0)).map(|(id, _)| id).collect()
+    };
+    let start = |stage: &Range<u32>| {
+        let mut e = engine(run, 1);
+        e.run(Task::Place { units: stage.clone() }).unwrap();
+        e.run(Task::Init { slices: owned(stage), part: Part::State }).unwrap();
+        e.run(Task::Narrow { units: stage.clone() }).unwrap();
+        e
+    };
+    let mut engines: Vec<Engine> = stages.iter().map(start).collect();
+    let micros: Vec<MicroId> =
+        (0..8).flat_map(|lane| (0..2).map(move |index| MicroId { lane, index })).collect();
+    let mut history = Vec::new();
+    for step in (1..=steps).map(Step) {
+        let mut loss = 0.0;
+        let forward = |engines: &mut [Engine], micro: MicroId| {
+            for i in 0..engines.len() {
+                engines[i].run(Task::Forward { generation: G, step, micro }).unwrap();
+                if i + 1 < engines.len() {
+                    let key = Key::Activation { step, micro };
+                    let stream = engines[i].get(key).unwrap();
+                    engines[i + 1].put(key, stream).unwrap();
+                }
+            }
+        };
+        let mut backward = |engines: &mut [Engine], micro: MicroId| {
+            for i in (0..engines.len()).rev() {
+                let done = engines[i].run(Task::Backward { generation: G, step, micro }).unwrap();
+                if i + 1 == engines.len()
+                    && let Some(Done::Lane { result, .. }) = done
+                {
+                    loss += result.loss;
+                }
+                if i > 0 {
+                    let key = Key::ActivationGradient { step, micro };
+                    let stream = engines[i].get(key).unwrap();
+                    engines[i - 1].put(key, stream).unwrap();
+                }
+            }
+        };
+        let ahead = engines.len() - 1;
+        micros[..ahead].iter().for_each(|m| forward(&mut engines, *m));
+        for (i, micro) in micros.iter().enumerate() {
+            if let Some(next) = micros.get(i + ahead) {
+                forward(&mut engines, *next);
+            }
+            backward(&mut engines, *micro);
+        }
+        let mut square = 0.0;
+        for (engine, stage) in engines.iter_mut().zip(&stages) {
+            for slice in owned(stage).iter() {
+                square += reduce(engine, step, slice).iter().sum::<f64>();
+            }
+        }
+        for (engine, stage) in engines.iter_mut().zip(&stages) {
+            engine.run(Task::Apply { step, norm: square.sqrt(), slices: owned(stage) }).unwrap();
+        }
+        history.push(loss);
+    }
+    let weights = engines.iter_mut().zip(&stages).flat_map(|(engine, stage)| {
+        let keys =
+            owned(stage).iter().map(|slice| Key::Weights { step: Step(steps), slice }).collect::<Vec<_>>();
+        keys.into_iter().flat_map(|key| engine.get(key).unwrap()).collect::<Vec<_>>()
+    });
+    (weights.collect(), history)
+}
+
+#[test]
+fn however_the_units_are_cut_into_stages_the_weights_have_the_same_bits() {
+    let run = run_spec();
+    let (alone, alone_losses) = train(&run, std::slice::from_ref(&(0..8)), 1, 2);
+    for borders in [&[0, 4][..], &[0, 1, 4], &[0, 2, 4], &[0, 3, 4], &[0, 1, 3, 4], &[0, 1, 2, 3, 4]] {
+        let (staged, losses) = train_in_stages(&run, borders, 2);
+        assert!(alone.iter().zip(&staged).all(|(a, b)| a.to_bits() == b.to_bits()), "{borders:?}");
+        assert_eq!(alone.len(), staged.len());
+        assert_eq!(alone_losses, losses, "{borders:?}");
+    }
+}
+
+#[test]
+fn slices_owned_without_their_unit_keep_their_state_while_units_come_and_go() {
+    let run = run_spec();
+    let (mut e, slices) = whole(&run);
+    let (mut quiet, _) = whole(&run);
+    step_alone(&mut e, Step(1), &slices, 8);
+    step_alone(&mut quiet, Step(1), &slices, 8);
+    for units in [2..3, 0..0, 1..4, 0..4] {
+        e.run(Task::Place { units: units.clone() }).unwrap();
+        e.run(Task::Narrow { units }).unwrap();
+        assert_eq!(e.weights(Step(1)).unwrap(), quiet.weights(Step(1)).unwrap());
+    }
+    step_alone(&mut e, Step(2), &slices, 8);
+    step_alone(&mut quiet, Step(2), &slices, 8);
+    assert_eq!(e.weights(Step(2)).unwrap(), quiet.weights(Step(2)).unwrap());
+    // What is neither owned nor computed with is gone.
+    let first: SliceSet = [SliceId(0)].into_iter().collect();
+    e.run(Task::Drop(first.clone())).unwrap();
+    e.run(Task::Place { units: 1..4 }).unwrap();
+    assert!(e.get(Key::Weights { step: Step(2), slice: SliceId(0) }).is_ok());
+    e.run(Task::Narrow { units: 1..4 }).unwrap();
+    assert!(e.get(Key::Weights { step: Step(2), slice: SliceId(0) }).is_err());
+}
+
 #[test]
 fn a_fence_above_the_generation_stops_computing_and_nothing_stays() {
     let run = run_spec();
@@ -178,16 +291,14 @@ fn a_fence_above_the_generation_stops_computing_and_nothing_stays() {
         (source.0)(step, lane, index)
     };
     let memory = Memory(Box::new(make), run.batch.lanes, run.batch.micro_batches);
-    let mut engine = Executor::new(&run, 1, fence.clone(), memory, NoCheckpoints).unwrap();
+    let mut engine = placed(Executor::new(&run, 1, fence.clone(), memory, NoCheckpoints), &run);
     let slices = SliceSet::all(SliceTable::new(&run.model).len());
     engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
     // Counting tokens makes all batches once; only then does the trap count.
     let trap = at.borrow_mut().take();
-    let done = engine.run(Task::Compute { generation: G, step: Step(1), lanes: 0..8 }).unwrap();
-    assert!(done.is_some());
+    engine.run(Task::Forward { generation: G, step: Step(1), micro: MicroId { lane: 0, index: 0 } }).unwrap();
     *at.borrow_mut() = trap;
-    let done = engine.run(Task::Compute { generation: G, step: Step(1), lanes: 0..8 }).unwrap();
-    assert_eq!(done, None);
+    assert_eq!(compute(&mut engine, Step(1), 0..8).len(), 5);
     for node in [Node::root(8), Node { level: 2, index: 0 }, Node::leaf(4)] {
         let key = Key::Partial { step: Step(1), slice: SliceId(0), node };
         assert!(matches!(engine.get(key), Err(EngineError::Missing(k)) if k == key));
@@ -195,9 +306,9 @@ fn a_fence_above_the_generation_stops_computing_and_nothing_stays() {
     assert_eq!(engine.run(Task::Reduce { generation: G, step: Step(1), slice: SliceId(0) }).unwrap(), None);
     // The next generation does the step again, with the bits of one that was never stopped.
     *at.borrow_mut() = None;
-    engine.run(Task::Reset).unwrap();
-    let next = G.next();
-    engine.run(Task::Compute { generation: next, step: Step(1), lanes: 0..8 }).unwrap().unwrap();
+    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    let results = common::compute(&mut engine, G.next(), Step(1), (0..8, 2)).unwrap();
+    assert_eq!(results.len(), 8);
     let (mut quiet, _) = whole(&run);
     compute(&mut quiet, Step(1), 0..8);
     for slice in slices.iter() {
@@ -207,14 +318,14 @@ fn a_fence_above_the_generation_stops_computing_and_nothing_stays() {
 }
 
 #[test]
-fn reset_forgets_gradients_and_payloads_but_no_state() {
+fn a_new_place_forgets_gradients_and_payloads_but_no_state() {
     let run = run_spec();
     let (mut engine, slices) = whole(&run);
     compute(&mut engine, Step(1), 0..8);
     reduce(&mut engine, Step(1), SliceId(0));
     let weights = Key::Weights { step: Step(1), slice: SliceId(0) };
     engine.put(weights, vec![0.0; engine_len(&run, SliceId(0))]).unwrap();
-    engine.run(Task::Reset).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
     let apply = Task::Apply { step: Step(1), norm: 1.0, slices: slices.clone() };
     assert!(matches!(engine.run(apply), Err(EngineError::NotReduced { .. })));
     assert!(matches!(engine.run(Task::Install(weights)), Err(EngineError::Missing(_))));
@@ -280,7 +391,7 @@ fn what_is_not_here_is_named() {
 
     let partial = |node| Key::Partial { step: Step(1), slice, node };
     let long = e.put(partial(Node::leaf(6)), vec![0.0; n + 1]).unwrap_err().to_string();
-    assert!(long.contains(&format!("{} values where the slice needs {n}", n + 1)), "{long}");
+    assert!(long.contains(&format!("{} values where {n} are needed", n + 1)), "{long}");
     let outside = e.put(partial(Node::leaf(8)), vec![0.0; n]);
     assert!(matches!(outside, Err(EngineError::UnknownNode { .. })));
     let high = e.put(partial(Node { level: 4, index: 0 }), vec![0.0; n]);
@@ -291,10 +402,14 @@ fn what_is_not_here_is_named() {
     let state = e.put(Key::State { step: Step(0), slice }, vec![0.0; n]);
     assert!(matches!(state, Err(EngineError::Length { expected, .. }) if expected == 3 * n));
 
-    let future = e.run(Task::Compute { generation: G, step: Step(3), lanes: 0..8 });
+    let future = common::compute(&mut e, G, Step(3), (0..8, 2));
     assert!(matches!(future, Err(EngineError::WeightsAt { expected: Step(2), found: Some(Step(0)), .. })));
-    let lanes = e.run(Task::Compute { generation: G, step: Step(1), lanes: 7..9 });
-    assert!(matches!(lanes, Err(EngineError::Lanes(7, 9, 8))));
+    let lanes = common::compute(&mut e, G, Step(1), (8..9, 2));
+    assert!(matches!(lanes, Err(EngineError::Micro { lanes: 8, .. })));
+    let (generation, step) = (G, Step(1));
+    let back = e.run(Task::Backward { generation, step, micro: MicroId { lane: 0, index: 1 } });
+    assert!(matches!(back, Err(EngineError::OutOfTurn { .. })));
+    assert!(matches!(e.run(Task::Place { units: 1..5 }), Err(EngineError::Units(1, 5, 4))));
     step_alone(&mut e, Step(1), &slices, 8);
     let again = e.run(Task::Apply { step: Step(1), norm: 1.0, slices: slices.clone() });
     assert!(matches!(again, Err(EngineError::NotReduced { .. })));
@@ -365,7 +480,7 @@ impl Checkpoints for Shelf {
 fn a_checkpoint_brings_back_the_state_and_a_damaged_one_is_refused() {
     let run = run_spec();
     let shelf = Shelf::default();
-    let make = || Executor::new(&run, 1, Default::default(), Memory::of(&run), shelf.clone()).unwrap();
+    let make = || placed(Executor::new(&run, 1, Default::default(), Memory::of(&run), shelf.clone()), &run);
     let (mut first, slices) = (make(), SliceSet::all(SliceTable::new(&run.model).len()));
     let (mut plain, _) = whole(&run);
     step_alone(&mut plain, Step(1), &slices, 8);
@@ -412,12 +527,11 @@ fn a_step_in_which_nothing_counts_has_no_loss_and_no_gradient() {
         batch
     };
     let memory = Memory(Box::new(make), 8, 2);
-    let mut e = Executor::new(&run, 1, Default::default(), memory, NoCheckpoints).unwrap();
+    let mut e = placed(Executor::new(&run, 1, Default::default(), memory, NoCheckpoints), &run);
     let slices = SliceSet::all(SliceTable::new(&run.model).len());
     e.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
-    let done = e.run(Task::Compute { generation: G, step: Step(1), lanes: 0..8 }).unwrap();
-    let Some(Done::Computed { losses, .. }) = done else { panic!("{done:?}") };
-    assert!(losses.iter().all(|(_, loss)| *loss == 0.0));
+    let results = compute(&mut e, Step(1), 0..8);
+    assert!(results.iter().all(|lane| lane.loss == 0.0 && lane.tokens == 0));
     for slice in slices.iter() {
         let done = e.run(Task::Reduce { generation: G, step: Step(1), slice }).unwrap();
         let Some(Done::Reduced { norms, .. }) = done else { panic!("{done:?}") };

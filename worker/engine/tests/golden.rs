@@ -12,7 +12,7 @@ use caravan_types::task::{Done, Task};
 use caravan_types::{
     BatchShape, Generation, MicroBatch, ModelShape, Part, Recipe, SliceSet, SliceTable, Step,
 };
-use common::{Memory, NoCheckpoints, spec};
+use common::{Memory, NoCheckpoints, compute, spec};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -141,6 +141,7 @@ fn in_f32_an_executor_trains_as_pytorch_does() {
         let mut engine = Executor::new(&run, 2, Default::default(), source, NoCheckpoints).unwrap();
         let table = SliceTable::new(&golden.shape);
         let slices = SliceSet::all(table.len());
+        engine.run(Task::Place { units: 0..golden.shape.units() }).unwrap();
         engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
         for (id, slice) in table.iter() {
             let part = &before[slice.range.start as usize..slice.range.end as usize];
@@ -152,9 +153,7 @@ fn in_f32_an_executor_trains_as_pytorch_does() {
         }
         for step in (1..=golden.losses.len() as u64).map(Step) {
             let (generation, i) = (Generation(1), step.0 as usize - 1);
-            let done = engine.run(Task::Compute { generation, step, lanes: 0..1 }).unwrap();
-            let Some(Done::Computed { losses, .. }) = done else { panic!("{done:?}") };
-            let loss = losses[0].1;
+            let loss = compute(&mut engine, generation, step, (0..1, 1)).unwrap()[0].loss;
             assert!((loss - golden.losses[i]).abs() < 1e-5 * loss, "{family}, step {step}: {loss}");
             let mut square = 0.0;
             for slice in slices.iter() {

@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::fabric::test_link;
+use caravan_types::peer::LaneResult;
 use caravan_types::task::SavedPart;
-use caravan_types::{Digest, SliceId, SliceSet, Step};
+use caravan_types::{Digest, MicroId, SliceId, SliceSet, Step};
 use std::collections::BTreeMap;
 use std::sync::mpsc as std_mpsc;
 
@@ -11,7 +12,7 @@ use std::sync::mpsc as std_mpsc;
 #[derive(Default)]
 struct Fake {
     stored: BTreeMap<Key, Vec<f32>>,
-    /// `Compute` waits for a word from here, where there is a way to say one.
+    /// `Backward` waits for a word from here, where there is a way to say one.
     gate: Option<std_mpsc::Receiver<()>>,
     saver: Option<Saver>,
 }
@@ -19,9 +20,10 @@ struct Fake {
 impl Machine for Fake {
     fn run(&mut self, task: Task) -> Result<Option<Done>, Fault> {
         match task {
-            Task::Compute { generation, step, .. } => {
+            Task::Backward { generation, step, micro } => {
                 self.gate.as_ref().map_or(Ok(()), |gate| gate.recv())?;
-                Ok(Some(Done::Computed { generation, step, losses: Vec::new() }))
+                let result = LaneResult { lane: micro.lane, loss: 0.0, tokens: 0 };
+                Ok(Some(Done::Lane { generation, step, result }))
             }
             Task::Apply { .. } => {
                 self.stored.values_mut().flatten().for_each(|v| *v += 1.0);
@@ -50,7 +52,7 @@ fn state(slice: u32) -> Key {
 }
 
 fn compute(generation: u64) -> Task {
-    Task::Compute { generation: Generation(generation), step: Step(1), lanes: 0..1 }
+    Task::Backward { generation: Generation(generation), step: Step(1), micro: MicroId { lane: 0, index: 0 } }
 }
 
 fn apply() -> Task {
@@ -102,7 +104,7 @@ fn what_a_fenced_generation_wanted_to_send_is_not_looked_for() {
     engine.fence(Generation(2));
     engine.send(Span::none(), state(0), old).unwrap();
     engine.run(Span::none(), compute(2)).unwrap();
-    assert!(matches!(reports.blocking_recv(), Some(Report::Done(Done::Computed { .. }))));
+    assert!(matches!(reports.blocking_recv(), Some(Report::Done(Done::Lane { .. }))));
     assert_eq!(nothing.blocking_recv(), None);
 
     let (new, _sent) = test_link(Generation(2), 8);
@@ -117,9 +119,9 @@ fn an_engine_that_cannot_start_or_go_on_or_panics_says_so_once_and_ends() {
     assert_eq!(failure(&mut reports), "starting the engine: the data is gone");
 
     let (engine, mut reports) = start(Fake::default(), no_save());
-    engine.run(Span::none(), Task::Reset).unwrap();
-    assert_eq!(failure(&mut reports), "Reset: no Reset");
-    engine.run(Span::none(), Task::Reset).unwrap();
+    engine.run(Span::none(), Task::Place { units: 0..1 }).unwrap();
+    assert_eq!(failure(&mut reports), "Place { units: 0..1 }: no Place { units: 0..1 }");
+    engine.run(Span::none(), Task::Place { units: 0..1 }).unwrap();
 
     let (engine, mut reports) = start(Fake::default(), no_save());
     engine.run(Span::none(), Task::Drop(SliceSet::default())).unwrap();
@@ -138,7 +140,7 @@ fn a_checkpoint_is_written_beside_the_steps_and_a_slow_disk_slows_them_and_loses
     let (engine, mut reports) = start(Fake::default(), slow);
     let mut next = move || match reports.blocking_recv() {
         Some(Report::Done(Done::Saved { part, .. })) => part.map(|p| p.file),
-        Some(Report::Done(Done::Computed { .. })) => Ok("step".into()),
+        Some(Report::Done(Done::Lane { .. })) => Ok("step".into()),
         other => panic!("{other:?}"),
     };
     engine.run(Span::none(), save(1)).unwrap();

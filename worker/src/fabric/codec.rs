@@ -5,7 +5,7 @@
 use super::Settings;
 use super::fault::Fault;
 use caravan_types::peer::{Key, PeerMessage};
-use caravan_types::{Generation, WorkerId};
+use caravan_types::{Generation, Slice, WorkerId};
 use caravan_wire::frame::{Frame, FrameHeader, Hello, PREFIX, Prefix, encode, encode_hello};
 use std::io::ErrorKind;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -24,15 +24,18 @@ impl Settings {
     /// computed all lanes.
     fn largest_body(&self) -> usize {
         let norms: usize = self.slices.iter().map(|(_, slice)| 4 + 4 + 8 * slice.blocks()).sum();
-        VOTE + norms + self.lanes as usize * (4 + 8)
+        VOTE + norms + self.batch.lanes as usize * (4 + 8 + 8)
     }
 
     /// Bytes of the payload that travels with a key.
     fn payload_len(&self, key: Key) -> Result<usize, Fault> {
-        let values = self.slices.get(key.slice()).ok_or(Fault::UnknownKey(key))?.len();
+        let values = |slice| self.slices.get(slice).map(Slice::len).ok_or(Fault::UnknownKey(key));
         Ok(match key {
-            Key::Partial { .. } | Key::Weights { .. } => 4 * values,
-            Key::State { .. } => 3 * 4 * values,
+            Key::Partial { slice, .. } | Key::Weights { slice, .. } => 4 * values(slice)?,
+            Key::State { slice, .. } => 3 * 4 * values(slice)?,
+            Key::Activation { .. } | Key::ActivationGradient { .. } => {
+                4 * self.batch.tokens_per_micro_batch() as usize * self.dim as usize
+            }
         })
     }
 }

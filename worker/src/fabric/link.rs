@@ -42,7 +42,7 @@ pub(super) struct Queue {
 
 /// A link with room for what one peer can have to say in two steps.
 pub(super) fn link(settings: &Settings, generation: Generation) -> (Link, Queue) {
-    let (queue, frames) = mpsc::channel(frames_of_two_steps(&settings.slices, settings.lanes) + VOTES);
+    let (queue, frames) = mpsc::channel(frames_of_two_steps(&settings.slices, &settings.batch) + VOTES);
     let overrun = Arc::new(Notify::new());
     (Link { generation, queue, overrun: Arc::clone(&overrun) }, Queue { frames, overrun })
 }
@@ -84,7 +84,7 @@ pub(super) async fn serve(
     };
     tokio::select! {
         served = served => served.err(),
-        () = overrun.notified() => Some(Fault::Overrun(frames_of_two_steps(&settings.slices, settings.lanes))),
+        () = overrun.notified() => Some(Fault::Overrun(frames_of_two_steps(&settings.slices, &settings.batch))),
     }
 }
 

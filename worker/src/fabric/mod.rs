@@ -26,7 +26,7 @@ pub use link::Link;
 pub(crate) use link::test_link;
 
 use caravan_types::peer::PeerMessage;
-use caravan_types::{Digest, Generation, Member, SliceTable, WorkerId};
+use caravan_types::{BatchShape, Digest, Generation, Member, SliceTable, WorkerId};
 use listen::Opening;
 use parking::Parking;
 use std::collections::BTreeMap;
@@ -49,8 +49,10 @@ pub struct Settings {
     pub run: Digest,
     /// The model's slices, which bound what a frame can carry.
     pub slices: SliceTable,
-    /// Lanes of the run.
-    pub lanes: u32,
+    /// How a global batch is cut.
+    pub batch: BatchShape,
+    /// Width of the residual stream, which goes from stage to stage.
+    pub dim: u32,
     /// The failure budget.
     pub detect: Duration,
 }

@@ -4,7 +4,7 @@
 use super::*;
 use crate::log::Log;
 use caravan_types::message::PROTOCOL_VERSION;
-use caravan_types::peer::{Key, Prepared};
+use caravan_types::peer::{Key, LaneResult, Prepared};
 use caravan_types::{ModelShape, SliceId, Step};
 use caravan_wire::frame::{self, FrameHeader, Hello};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,7 +22,8 @@ const G2: Generation = Generation(2);
 
 fn settings(worker: u64, detect: Duration) -> Settings {
     let slices = SliceTable::new(&ModelShape::preset("260k").unwrap());
-    Settings { worker: WorkerId(worker), run: Digest([7; 32]), slices, lanes: 4, detect }
+    let batch = BatchShape { lanes: 4, micro_batches: 1, sequences: 1, sequence_length: 8 };
+    Settings { worker: WorkerId(worker), run: Digest([7; 32]), slices, batch, dim: 64, detect }
 }
 
 async fn fabric(worker: u64, detect: Duration) -> (Fabric, Member) {
@@ -39,8 +40,9 @@ async fn pair(detect: Duration) -> ((Fabric, Member), (Fabric, Member)) {
 }
 
 fn vote(step: u64) -> PeerMessage {
-    let (norms, losses) = (vec![(SliceId(0), vec![1.0])], vec![(0, 2.0)]);
-    PeerMessage::Prepared(Prepared { step: Step(step), norms, losses, stop_for: None })
+    let lanes = vec![LaneResult { lane: 0, loss: 2.0, tokens: 8 }];
+    let norms = vec![(SliceId(0), vec![1.0])];
+    PeerMessage::Prepared(Prepared { step: Step(step), norms, lanes, stop_for: None })
 }
 
 fn weights(slice: u32) -> Key {
@@ -193,7 +195,7 @@ async fn a_peer_that_takes_nothing_is_given_up_when_its_queue_is_full() {
     a.connect(G1, vec![Member { worker: WorkerId(2), fabric: deaf.local_addr().unwrap().to_string() }]);
     let link = a.link(WorkerId(2)).unwrap().clone();
     let values = payload(&a, 0);
-    let room = crate::engine::frames_of_two_steps(&a.settings.slices, 4);
+    let room = crate::engine::frames_of_two_steps(&a.settings.slices, &a.settings.batch);
     for _ in 0..=room + 4 {
         link.send(PeerMessage::Data(weights(0)), values.clone());
     }
@@ -270,7 +272,7 @@ fn broken(a: &Fabric) -> Vec<(Vec<u8>, &'static str)> {
     let many = Prepared {
         step: Step(1),
         norms: (0..99).map(|i| (SliceId(i), vec![0.0; 60])).collect(),
-        losses: Vec::new(),
+        lanes: Vec::new(),
         stop_for: None,
     };
     vec![

@@ -259,8 +259,8 @@ impl TryFrom<pb::Report> for Report {
 
 impl From<Committed> for pb::Committed {
     fn from(committed: Committed) -> Self {
-        let Committed { generation, step, loss, norm, took_ms } = committed;
-        Self { generation: generation.0, step: step.0, loss, norm, took_ms }
+        let Committed { generation, step, loss, norm, tokens, took_ms } = committed;
+        Self { generation: generation.0, step: step.0, loss, norm, tokens, took_ms }
     }
 }
 
@@ -268,12 +268,13 @@ impl TryFrom<pb::Committed> for Committed {
     type Error = Malformed;
 
     fn try_from(committed: pb::Committed) -> Result<Self, Malformed> {
-        let pb::Committed { generation, step, loss, norm, took_ms } = committed;
+        let pb::Committed { generation, step, loss, norm, tokens, took_ms } = committed;
         Ok(Self {
             generation: limits::generation(generation, "Committed.generation")?,
             step: limits::step(step, "Committed.step")?,
             loss,
             norm,
+            tokens,
             took_ms,
         })
     }

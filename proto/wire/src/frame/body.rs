@@ -5,9 +5,12 @@
 
 use super::FrameError;
 use crate::limits::{MAX_COUNT, MAX_LANES, MAX_SLICES};
-use caravan_types::peer::{Key, PeerMessage, Prepared};
+use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared};
 use caravan_types::slices::MOST_BLOCKS;
-use caravan_types::{Digest, Generation, Lane, Node, SliceId, Step, WorkerId};
+use caravan_types::{Digest, Generation, Lane, MicroId, Node, SliceId, Step, WorkerId};
+
+/// Bytes of a lane's result: lane, loss, tokens.
+const LANE: usize = 4 + 8 + 8;
 
 /// A tree over [`MAX_LANES`] lanes is this high.
 const MAX_LEVEL: u8 = MAX_LANES.trailing_zeros() as u8;
@@ -21,10 +24,19 @@ pub(super) fn put_message(out: &mut Vec<u8>, message: &PeerMessage) {
     match message {
         PeerMessage::Data(key) => {
             out.extend_from_slice(&key.step().0.to_le_bytes());
-            out.extend_from_slice(&key.slice().0.to_le_bytes());
-            if let Key::Partial { node, .. } = key {
-                out.push(node.level);
-                out.extend_from_slice(&node.index.to_le_bytes());
+            match key {
+                Key::Partial { slice, node, .. } => {
+                    out.extend_from_slice(&slice.0.to_le_bytes());
+                    out.push(node.level);
+                    out.extend_from_slice(&node.index.to_le_bytes());
+                }
+                Key::Weights { slice, .. } | Key::State { slice, .. } => {
+                    out.extend_from_slice(&slice.0.to_le_bytes());
+                }
+                Key::Activation { micro, .. } | Key::ActivationGradient { micro, .. } => {
+                    out.extend_from_slice(&micro.lane.to_le_bytes());
+                    out.extend_from_slice(&micro.index.to_le_bytes());
+                }
             }
         }
         PeerMessage::Prepared(prepared) => put_prepared(out, prepared),
@@ -41,10 +53,11 @@ fn put_prepared(out: &mut Vec<u8>, prepared: &Prepared) {
         out.extend_from_slice(&(norms.len() as u32).to_le_bytes());
         norms.iter().for_each(|norm| out.extend_from_slice(&norm.to_le_bytes()));
     }
-    out.extend_from_slice(&(prepared.losses.len() as u32).to_le_bytes());
-    for (lane, loss) in &prepared.losses {
+    out.extend_from_slice(&(prepared.lanes.len() as u32).to_le_bytes());
+    for LaneResult { lane, loss, tokens } in &prepared.lanes {
         out.extend_from_slice(&lane.to_le_bytes());
         out.extend_from_slice(&loss.to_le_bytes());
+        out.extend_from_slice(&tokens.to_le_bytes());
     }
 }
 
@@ -108,6 +121,11 @@ impl<'a> Body<'a> {
         Ok((Step(self.count()?), self.slice()?))
     }
 
+    pub(super) fn step_and_micro(&mut self) -> Result<(Step, MicroId), FrameError> {
+        let step = Step(self.count()?);
+        Ok((step, MicroId { lane: self.lane()?, index: self.u32()? }))
+    }
+
     pub(super) fn partial(&mut self) -> Result<Key, FrameError> {
         let (step, slice) = self.step_and_slice()?;
         let node = Node { level: self.u8()?, index: self.u32()? };
@@ -125,8 +143,8 @@ impl<'a> Body<'a> {
             _ => return Err(FrameError::Body("stop mark is neither there nor absent")),
         };
         let norms = (0..self.list(8)?).map(|_| self.norms()).collect::<Result<_, _>>()?;
-        let losses = (0..self.list(12)?).map(|_| self.loss()).collect::<Result<_, _>>()?;
-        Ok(Prepared { step, norms, losses, stop_for })
+        let lanes = (0..self.list(LANE)?).map(|_| self.result()).collect::<Result<_, _>>()?;
+        Ok(Prepared { step, norms, lanes, stop_for })
     }
 
     fn norms(&mut self) -> Result<(SliceId, Vec<f64>), FrameError> {
@@ -138,12 +156,13 @@ impl<'a> Body<'a> {
         Ok((slice, (0..blocks).map(|_| self.f64()).collect::<Result<_, _>>()?))
     }
 
-    fn loss(&mut self) -> Result<(Lane, f64), FrameError> {
+    fn lane(&mut self) -> Result<Lane, FrameError> {
         let lane = self.u32()?;
-        if lane >= MAX_LANES {
-            return Err(FrameError::Body("lane is out of range"));
-        }
-        Ok((lane, self.f64()?))
+        if lane < MAX_LANES { Ok(lane) } else { Err(FrameError::Body("lane is out of range")) }
+    }
+
+    fn result(&mut self) -> Result<LaneResult, FrameError> {
+        Ok(LaneResult { lane: self.lane()?, loss: self.f64()?, tokens: self.count()? })
     }
 
     pub(super) fn end(&self) -> Result<(), FrameError> {

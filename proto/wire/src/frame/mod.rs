@@ -53,6 +53,10 @@ pub const MAX_VALUES: usize = (MOST_BLOCKS * BLOCK) as usize * 4;
 /// Largest payload, in bytes: a slice's training state, three values an element.
 pub const MAX_PAYLOAD: usize = 3 * MAX_VALUES;
 
+/// Largest payload between two stages, in bytes: a micro-batch of 2^16 tokens and a width of
+/// 4096. A receiver knows the one length that its run's have.
+pub const MAX_STREAM: usize = 1 << 30;
+
 /// What opens a connection. The sender's generation is in it because a
 /// connection belongs to one plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,6 +200,8 @@ enum Kind {
     Weights = 3,
     State = 4,
     Prepared = 5,
+    Activation = 6,
+    ActivationGradient = 7,
 }
 
 impl Kind {
@@ -204,12 +210,22 @@ impl Kind {
             PeerMessage::Data(Key::Partial { .. }) => Self::Partial,
             PeerMessage::Data(Key::Weights { .. }) => Self::Weights,
             PeerMessage::Data(Key::State { .. }) => Self::State,
+            PeerMessage::Data(Key::Activation { .. }) => Self::Activation,
+            PeerMessage::Data(Key::ActivationGradient { .. }) => Self::ActivationGradient,
             PeerMessage::Prepared(_) => Self::Prepared,
         }
     }
 
     fn parse(byte: u8) -> Result<Self, FrameError> {
-        let all = [Self::Hello, Self::Partial, Self::Weights, Self::State, Self::Prepared];
+        let all = [
+            Self::Hello,
+            Self::Partial,
+            Self::Weights,
+            Self::State,
+            Self::Prepared,
+            Self::Activation,
+            Self::ActivationGradient,
+        ];
         all.into_iter().find(|kind| *kind as u8 == byte).ok_or(FrameError::Kind(byte))
     }
 
@@ -218,6 +234,7 @@ impl Kind {
             Self::Hello => Limit::Exactly(40),
             Self::Partial => Limit::Exactly(17),
             Self::Weights | Self::State => Limit::Exactly(12),
+            Self::Activation | Self::ActivationGradient => Limit::Exactly(16),
             Self::Prepared => Limit::UpTo(MAX_BODY),
         }
     }
@@ -227,6 +244,7 @@ impl Kind {
             Self::Hello | Self::Prepared => Limit::Exactly(0),
             Self::Partial | Self::Weights => Limit::Multiple { of: 4, most: MAX_VALUES },
             Self::State => Limit::Multiple { of: 12, most: MAX_PAYLOAD },
+            Self::Activation | Self::ActivationGradient => Limit::Multiple { of: 4, most: MAX_STREAM },
         }
     }
 }
@@ -279,7 +297,7 @@ impl Prefix {
         self.body_len
     }
 
-    /// Bytes of the payload, which follows the body; at most [`MAX_PAYLOAD`].
+    /// Bytes of the payload, which follows the body; at most [`MAX_STREAM`].
     #[must_use]
     pub fn payload_len(&self) -> usize {
         self.payload_len
@@ -307,6 +325,14 @@ impl Prefix {
             Kind::State => {
                 let (step, slice) = fields.step_and_slice()?;
                 Frame::Message(self.header(PeerMessage::Data(Key::State { step, slice })))
+            }
+            Kind::Activation => {
+                let (step, micro) = fields.step_and_micro()?;
+                Frame::Message(self.header(PeerMessage::Data(Key::Activation { step, micro })))
+            }
+            Kind::ActivationGradient => {
+                let (step, micro) = fields.step_and_micro()?;
+                Frame::Message(self.header(PeerMessage::Data(Key::ActivationGradient { step, micro })))
             }
             Kind::Prepared => Frame::Message(self.header(PeerMessage::Prepared(fields.prepared()?))),
         };

@@ -3,13 +3,15 @@
 // Each test file uses a part of this.
 #![allow(dead_code)]
 
-use caravan_engine::{Batches, Checkpoints, init};
+use caravan_engine::{Batches, Checkpoints, EngineError, Executor, init};
 use caravan_kernels::Real;
-use caravan_types::task::Done;
+use caravan_types::peer::LaneResult;
+use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, ModelShape, NumericsClass, Precision, Recipe,
-    RunSpec, SliceId, SliceSet, Step,
+    BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass,
+    Precision, Recipe, RunSpec, SliceId, SliceSet, Step,
 };
+use std::ops::Range;
 
 /// Grouped-query attention, two layers, and sizes that are no multiples of any vector.
 pub fn tiny() -> ModelShape {
@@ -87,6 +89,28 @@ pub fn spec(shape: &ModelShape, family: &str) -> RunSpec {
         seed: 11,
         numerics: NumericsClass { precision: Precision::Fp32, family: family.into() },
     }
+}
+
+/// Computes lanes on one executor that holds the whole model, micro-batch by micro-batch; what
+/// came of each lane, or none where it was given up.
+pub fn compute<B: Batches, C: Checkpoints>(
+    engine: &mut Executor<B, C>,
+    generation: Generation,
+    step: Step,
+    (lanes, micro_batches): (Range<Lane>, u32),
+) -> Result<Vec<LaneResult>, EngineError> {
+    let mut results = Vec::new();
+    for lane in lanes {
+        for index in 0..micro_batches {
+            let micro = MicroId { lane, index };
+            engine.run(Task::Forward { generation, step, micro })?;
+            match engine.run(Task::Backward { generation, step, micro })? {
+                Some(Done::Lane { result, .. }) => results.push(result),
+                other => assert_eq!(other, None),
+            }
+        }
+    }
+    Ok(results)
 }
 
 /// What makes a micro-batch of (step, lane, index).
