@@ -16,15 +16,28 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(os.environ.get("CARAVAN_PYTHON", ROOT / "target" / "python"))
 
 
+def python(*more):
+    """The environment's interpreter; the environment is made, and what lacks is installed, if
+    need be. Packages named here are installed together with the pinned ones, so that they
+    cannot bring other versions of those."""
+    interpreter = HOME / "bin" / "python"
+    stamp = HOME / "installed"
+    wanted = [*PACKAGES, *more]
+    if not stamp.exists() or not set(wanted) <= set(stamp.read_text().split()):
+        print(f"installing {', '.join(wanted)} into {HOME} (a few gigabytes, once)", file=sys.stderr)
+        venv.create(HOME, with_pip=True)
+        command = [interpreter, "-m", "pip", "install", "--quiet", *wanted]
+        subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+        stamp.write_text(" ".join(wanted))
+    return interpreter
+
+
 def enter():
-    """Goes on in the environment, made if need be; returns where it is entered already."""
+    """Goes on in the environment; returns where it is entered already."""
     if Path(sys.prefix).resolve() == HOME.resolve():
         return
-    python = HOME / "bin" / "python"
-    stamp = HOME / "installed"
-    if not stamp.exists() or stamp.read_text().split() != PACKAGES:
-        print(f"installing {', '.join(PACKAGES)} into {HOME} (a few gigabytes, once)", file=sys.stderr)
-        venv.create(HOME, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
-        stamp.write_text(" ".join(PACKAGES))
-    os.execv(python, [str(python), *sys.argv])
+    try:
+        interpreter = python()
+    except subprocess.CalledProcessError as problem:
+        sys.exit(f"{problem}\n{problem.stderr or problem.output}")
+    os.execv(interpreter, [str(interpreter), *sys.argv])
