@@ -105,11 +105,12 @@ impl Job {
         self.checkpoint().is_some_and(|step| step.0 >= self.settings.recipe.steps)
     }
 
-    /// What the coordinator is started with.
+    /// What the coordinator is started with; `recover` says whether workers of an earlier start
+    /// may be alive.
     ///
     /// # Errors
     /// Where a folder is gone meanwhile.
-    pub fn options(&mut self) -> io::Result<Options> {
+    pub fn options(&mut self, recover: bool) -> io::Result<Options> {
         let cluster = &self.settings.cluster;
         Ok(Options {
             spec: self.run.spec().clone(),
@@ -126,6 +127,7 @@ impl Job {
             keep_checkpoints: cluster.keep as usize,
             checkpoint: self.checkpoint(),
             refused: std::mem::take(&mut self.found.refused),
+            recover,
         })
     }
 }

@@ -111,7 +111,11 @@ async fn keep(worker: Worker, slot: u32, notices: mpsc::Sender<Notice>, mut stop
         let log = worker.logs.join(format!("worker-{slot}.log"));
         let born = Instant::now();
         let outcome = match spawn(&worker, slot, &log) {
-            Ok(mut child) => outcome(child.wait().await),
+            Ok(mut child) => {
+                // Waiting would close it, and so end the worker.
+                let _tether = child.stdin.take();
+                outcome(child.wait().await)
+            }
             Err(e) => Some((format!("could not be started: {e}"), true)),
         };
         let Some((ended, again)) = outcome else { return };
@@ -143,7 +147,9 @@ fn spawn(worker: &Worker, slot: u32, log: &Path) -> io::Result<Child> {
         .args(["--join", &worker.coordinator.to_string()])
         .args(["--threads", &worker.threads.to_string()])
         .args(["--name", &format!("worker-{slot}")])
-        .stdin(Stdio::null())
+        // Its other end closes with this process, however that ends.
+        .arg("--tether")
+        .stdin(Stdio::piped())
         .stdout(log.try_clone()?)
         .stderr(log)
         // Ctrl-C on the terminal is for `train`, which drains; the workers are not to leave.

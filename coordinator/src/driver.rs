@@ -226,7 +226,7 @@ impl<S: Store> Driver<S> {
     async fn carry_out(&mut self, output: Output) -> Option<Farewell> {
         match output {
             Output::Persist(_) => {}
-            Output::Welcome { session, worker } => self.welcome(session, worker),
+            Output::Welcome { session, worker, committed } => self.welcome(session, worker, committed),
             Output::Refuse { session, refusal } => {
                 self.tell(session, Down::Refused(refusal));
                 self.hang_up(session);
@@ -249,11 +249,11 @@ impl<S: Store> Driver<S> {
         None
     }
 
-    fn welcome(&mut self, session: Session, worker: WorkerId) {
+    fn welcome(&mut self, session: Session, worker: WorkerId, committed: Step) {
         if let Some(link) = self.links.get_mut(&session) {
             link.worker = Some(worker);
         }
-        let welcome = Welcome { worker, ..self.parts.welcome.clone() };
+        let welcome = Welcome { worker, committed, ..self.parts.welcome.clone() };
         self.tell(session, welcome.into());
     }
 

@@ -58,6 +58,9 @@ pub struct Options {
     pub checkpoint: Option<Step>,
     /// Damaged checkpoints that were passed over, to be told of.
     pub refused: Vec<Refused>,
+    /// Whether workers of an earlier start may be alive: they are waited for. Not so where
+    /// workers end with whoever started them.
+    pub recover: bool,
 }
 
 /// A started coordinator. Dropping it stops it at once; [`Self::shutdown`] waits until it has.
@@ -132,7 +135,7 @@ pub(crate) async fn start<S: Store>(
         journal.happened(event, base).await;
     }
     let parts = Parts {
-        core: Core::new(config(&options), state.restored(options.checkpoint), 0),
+        core: Core::new(config(&options), state.restored(options.checkpoint, options.recover), 0),
         store,
         journal: journal.clone(),
         welcome,
@@ -183,6 +186,7 @@ fn welcome(options: &Options) -> Result<Welcome, BadSetting> {
     };
     Ok(Welcome {
         worker: WorkerId(0),
+        committed: Step(0),
         spec: options.spec.clone(),
         redundancy: options.redundancy,
         detect_ms: options.detect_ms,

@@ -51,6 +51,7 @@ impl State {
                 self.generation = self.generation.max(plan.generation);
                 self.plan = Some(plan);
             }
+            Record::Disbanded => self.plan = None,
             Record::Checkpoint(step) => self.checkpoint = Some(step),
         }
     }
@@ -65,10 +66,12 @@ impl State {
     }
 
     /// What the core has to know of it, with the checkpoint that was found intact (the store
-    /// remembers which one was written, not whether its files are still whole).
+    /// remembers which one was written, not whether its files are still whole). `alive` says
+    /// whether workers of an earlier start may be alive.
     #[must_use]
-    pub fn restored(&self, checkpoint: Option<Step>) -> Restored {
-        Restored { generation: self.generation, next_worker: self.next_worker, checkpoint }
+    pub fn restored(&self, checkpoint: Option<Step>, alive: bool) -> Restored {
+        let plan = self.plan.clone().filter(|_| alive);
+        Restored { generation: self.generation, next_worker: self.next_worker, checkpoint, plan }
     }
 }
 

@@ -12,7 +12,7 @@ use caravan_coordinator::{BadSetting, CoordinatorError, Options, Running, Update
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, PROTOCOL_VERSION, Refusal, Report, ToWorker, Welcome,
 };
-use caravan_types::status::{Event, LossReason, Phase, Snapshot, StepMetrics};
+use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics};
 use caravan_types::*;
 use caravan_wire::{CoordinatorClient, Down, Timeouts, Up, connect, pb};
 use serde_json::Value;
@@ -54,6 +54,7 @@ fn options(dir: &Path) -> Options {
         keep_checkpoints: 2,
         checkpoint: None,
         refused: vec![],
+        recover: false,
     }
 }
 
@@ -70,6 +71,7 @@ fn hello(name: &str) -> Hello {
         fabric: "127.0.0.1:1".into(),
         families: vec!["avx512".into(), "portable".into()],
         threads: 1,
+        resume: None,
     }
 }
 
@@ -231,7 +233,12 @@ async fn a_worker_joins_steps_and_is_seen_in_every_way() {
     drop(worker);
     let lost = event(&running, |e| matches!(e, Event::Lost { .. })).await;
     assert_eq!(lost, Event::Lost { worker: WorkerId(1), reason: LossReason::SessionClosed });
-    while !matches!(events.message().await.unwrap().unwrap().event, Some(pb::logged_event::Event::Lost(_))) {}
+    loop {
+        let event = LoggedEvent::try_from(events.message().await.unwrap().unwrap()).unwrap().event;
+        if event == lost {
+            break;
+        }
+    }
 }
 
 #[tokio::test]

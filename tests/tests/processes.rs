@@ -39,6 +39,80 @@ fn when_all_die_the_same_command_goes_on_from_the_checkpoint() {
 }
 
 #[test]
+fn workers_go_on_while_their_coordinator_is_dead_and_a_new_one_takes_them_back_and_changes_nothing() {
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=400", "--set", "cluster.checkpoint_every=100"];
+    let quiet = place.train("quiet", &set).end().weights();
+    let listen = format!("cluster.listen=\"{}\"", free_address());
+    let start = || {
+        let all = [&["coordinator", "run.toml", "--run", "run", "--set", &listen][..], &set].concat();
+        Running::start(place.command(&all))
+    };
+    let mut first = start();
+    first.wait_for("workers join with");
+    let address = place.address("run").unwrap();
+    let workers: Vec<Running> =
+        (0..3).map(|_| Running::start(place.command(&["worker", "--join", &address]))).collect();
+    place.reach("run", 20);
+    first.signal("KILL");
+    drop(first);
+    let died_at = last_step(&place);
+    // They compute on without anybody who could tell, so time is all that can be waited for.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+
+    let mut second = start();
+    second.wait_for("all members are there");
+    let snapshot = place.get("run", "/api/snapshot");
+    assert!(snapshot["step"].as_u64().unwrap() > died_at + 3, "{died_at} {snapshot}");
+    let ended = second.end();
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(!ended.stderr.contains("stopping"), "a new generation: {}", ended.stderr);
+    workers.into_iter().for_each(|w| assert!(w.end().status.success()));
+    assert_eq!(place.train("run", &set).end().weights(), quiet);
+}
+
+#[test]
+fn a_coordinator_and_a_worker_that_die_together_cost_one_regrouping_and_no_step() {
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=400", "--set", "cluster.checkpoint_every=0"];
+    let quiet = place.train("quiet", &set).end().weights();
+    let listen = format!("cluster.listen=\"{}\"", free_address());
+    let start = || {
+        let all = [&["coordinator", "run.toml", "--run", "run", "--set", &listen][..], &set].concat();
+        Running::start(place.command(&all))
+    };
+    let mut first = start();
+    first.wait_for("workers join with");
+    let address = place.address("run").unwrap();
+    let mut workers: Vec<Running> =
+        (0..3).map(|_| Running::start(place.command(&["worker", "--join", &address]))).collect();
+    place.reach("run", 20);
+    first.signal("KILL");
+    workers[1].signal("KILL");
+    drop((first, workers.remove(1)));
+    let mut second = start();
+    second.wait_for("did not come back");
+    second.wait_for("with 2 workers");
+    let ended = second.end();
+    assert_eq!(ended.stderr.matches("stopping at once").count(), 1, "{}", ended.stderr);
+    assert!(!ended.stderr.contains("goes back"), "{}", ended.stderr);
+    workers.into_iter().for_each(|w| assert!(w.end().status.success()));
+    assert_eq!(place.train("run", &set).end().weights(), quiet);
+}
+
+/// A loopback address that nobody listens on.
+fn free_address() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+/// The last step in a run's metrics file.
+fn last_step(place: &Place) -> u64 {
+    let text = std::fs::read_to_string(place.dir.path().join("run/metrics.jsonl")).unwrap();
+    let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    lines.filter_map(|v| v["step"].as_u64()).next_back().unwrap()
+}
+
+#[test]
 fn ctrl_c_writes_a_checkpoint_after_the_step_and_the_same_command_goes_on_from_there() {
     let place = Place::new();
     let quiet = place.train("quiet", &[]).end().weights();

@@ -7,12 +7,12 @@
 use crate::engine::{Engine, Report};
 use crate::error::WorkerError;
 use crate::fabric::{self, Fabric};
-use crate::session::Session;
+use crate::session::{Said, Session};
 use crate::signals::Signals;
 use crate::trace::Trace;
-use caravan_types::WorkerId;
-use caravan_types::message::{Farewell, ToWorker};
+use caravan_types::message::Farewell;
 use caravan_types::peer::PeerMessage;
+use caravan_types::{RunSpec, WorkerId};
 use caravan_worker_core::{Core, Input, Millis, Output};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -20,8 +20,8 @@ use tokio::time::{Instant, sleep_until};
 
 /// Everything that wakes a worker.
 enum Event {
-    /// The coordinator said something, or ended the session.
-    Coordinator(Result<ToWorker, WorkerError>),
+    /// The coordinator said something, is gone or back, or there is no going on with it.
+    Coordinator(Result<Said, WorkerError>),
     /// A peer said something, or is lost.
     Fabric(fabric::Event),
     /// The engine has done something, or failed.
@@ -32,6 +32,9 @@ enum Event {
     Tick,
 }
 
+/// The tensor data that came with an input.
+type Payload = Option<Vec<f32>>;
+
 /// The parts of a worker that has been taken on.
 pub(crate) struct Driver {
     pub core: Core,
@@ -41,6 +44,8 @@ pub(crate) struct Driver {
     pub reports: mpsc::Receiver<Report>,
     pub signals: Signals,
     pub trace: Trace,
+    /// The run that this worker belongs to.
+    pub spec: RunSpec,
     /// When the core's clock was 0.
     pub started: Instant,
 }
@@ -54,7 +59,7 @@ impl Driver {
             if matches!(event, Event::Signal) && std::mem::replace(&mut leaving, true) {
                 return Err(WorkerError::Interrupted);
             }
-            let (input, mut payload) = input(event)?;
+            let Some((input, mut payload)) = self.input(event)? else { continue };
             self.core.handle(self.now(), input, &mut outputs);
             for output in outputs.drain(..) {
                 self.trace.observe(&output);
@@ -77,13 +82,9 @@ impl Driver {
         }
     }
 
-    fn execute(
-        &mut self,
-        output: Output,
-        payload: &mut Option<Vec<f32>>,
-    ) -> Result<Option<Farewell>, WorkerError> {
+    fn execute(&mut self, output: Output, payload: &mut Payload) -> Result<Option<Farewell>, WorkerError> {
         match output {
-            Output::Tell(message) => self.session.tell(message)?,
+            Output::Tell(message) => self.session.tell(message),
             Output::Fence(generation) => {
                 self.engine.fence(generation);
                 self.fabric.fence(generation);
@@ -110,28 +111,38 @@ impl Driver {
         Ok(())
     }
 
+    /// What an event means to the core, and the payload that came with it.
+    fn input(&self, event: Event) -> Result<Option<(Input, Payload)>, WorkerError> {
+        let input = match event {
+            Event::Coordinator(said) => match said? {
+                Said::Message(message) => Input::Message(message),
+                Said::Lost(_) => return Ok(None),
+                Said::Back(welcome) if welcome.spec != self.spec => return Err(WorkerError::OtherRun),
+                Said::Back(welcome) => {
+                    tracing::info!(committed = welcome.committed.0, "the coordinator is back");
+                    Input::Attached { committed: welcome.committed }
+                }
+            },
+            Event::Fabric(fabric::Event::Message { generation, from, message, payload }) => {
+                return Ok(Some((Input::Peer { generation, from, message }, Some(payload))));
+            }
+            Event::Fabric(fabric::Event::Lost { generation, peer }) => Input::PeerLost { generation, peer },
+            Event::Engine(Report::Done(done)) => Input::Done(done),
+            Event::Engine(Report::Failed { doing, fault }) => {
+                return Err(WorkerError::Engine { doing, fault });
+            }
+            Event::Signal => {
+                tracing::info!("asked to go: leaving at the end of this step; a second signal ends at once");
+                Input::Leave
+            }
+            Event::Tick => Input::Tick,
+        };
+        Ok(Some((input, None)))
+    }
+
     fn now(&self) -> Millis {
         self.started.elapsed().as_millis() as Millis
     }
-}
-
-/// What an event means to the core, and the payload that came with it.
-fn input(event: Event) -> Result<(Input, Option<Vec<f32>>), WorkerError> {
-    let input = match event {
-        Event::Coordinator(said) => Input::Message(said?),
-        Event::Fabric(fabric::Event::Message { generation, from, message, payload }) => {
-            return Ok((Input::Peer { generation, from, message }, Some(payload)));
-        }
-        Event::Fabric(fabric::Event::Lost { generation, peer }) => Input::PeerLost { generation, peer },
-        Event::Engine(Report::Done(done)) => Input::Done(done),
-        Event::Engine(Report::Failed { doing, fault }) => return Err(WorkerError::Engine { doing, fault }),
-        Event::Signal => {
-            tracing::info!("asked to go: leaving at the end of this step; a second signal ends at once");
-            Input::Leave
-        }
-        Event::Tick => Input::Tick,
-    };
-    Ok((input, None))
 }
 
 #[cfg(test)]

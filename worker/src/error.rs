@@ -43,6 +43,9 @@ pub enum WorkerError {
         /// How that was noticed.
         reason: String,
     },
+    /// Another run's coordinator answers where this run's was.
+    #[error("another run's coordinator answers at this run's address: nothing here belongs to it")]
+    OtherRun,
     /// The fabric's address cannot be listened on.
     #[error("cannot listen for other workers on {address}: {source}")]
     Listen {
@@ -105,7 +108,10 @@ impl From<&Result<Farewell, WorkerError>> for Exit {
             Ok(Farewell::Fenced) => Self::Fenced,
             Ok(Farewell::Failed) => Self::RunFailed,
             Err(WorkerError::Address(_) | WorkerError::Listen { .. }) => Self::Usage,
-            Err(WorkerError::Refused(_) | WorkerError::Protocol { .. }) => Self::Refused,
+            Err(WorkerError::Refused(Refusal::Fenced { .. })) => Self::Fenced,
+            Err(WorkerError::Refused(_) | WorkerError::Protocol { .. } | WorkerError::OtherRun) => {
+                Self::Refused
+            }
             Err(WorkerError::Unreachable { .. } | WorkerError::CoordinatorGone { .. }) => {
                 Self::CoordinatorGone
             }

@@ -94,6 +94,7 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
         engine,
         reports,
         signals,
+        spec: welcome.spec,
         started: Instant::now(),
     };
     driver.run().await
@@ -109,6 +110,7 @@ fn hello(options: &Options, fabric: SocketAddr) -> Hello {
         fabric: fabric.to_string(),
         families: Family::available().into_iter().map(|f| f.name().to_owned()).collect(),
         threads: options.threads as u32,
+        resume: None,
     }
 }
 

@@ -1,15 +1,17 @@
 //! The session with the coordinator: being taken on, and what is said from then on.
 //!
-//! The coordinator may start after its workers, so joining is tried for a while. A session
-//! that ended is not opened again: the worker's process ends with it (see
-//! [`Session::next`], the one place where that is decided), and whoever started it starts
-//! it again.
+//! The coordinator may start after its workers, so joining is tried for a while. Stepping needs
+//! no coordinator, so a session that broke off does not end the worker: it is opened again, with
+//! the id that the worker has, for as long as [`ORPHANED`]. A coordinator that was restarted
+//! takes the worker back; one that went on without it says so, and the worker ends. What is told
+//! meanwhile is not kept here: the core tells again what still matters.
 
 use crate::error::WorkerError;
 use caravan_types::message::{FromWorker, Hello, ToWorker, Welcome};
 use caravan_wire::{CannotConnect, Down, Timeouts, Up, connect, pb};
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,6 +21,10 @@ use tonic::{Code, Status, Streaming};
 /// whoever started both waits for it; this is for a coordinator that starts beside us. The
 /// failure budget, from which other times derive, comes with the welcome.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// For how long a worker goes on without a coordinator: long enough for a host to be replaced,
+/// and not so long that workers of a run that was given up compute for days.
+const ORPHANED: Duration = Duration::from_secs(600);
 
 /// First pause between two attempts; doubled each time, up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -41,10 +47,34 @@ const WAITING: usize = 2048;
 /// How long a worker that says goodbye waits for the other end to have heard.
 const CLOSING: Duration = Duration::from_millis(500);
 
-/// An open session.
+/// A session, open or being opened again.
 pub struct Session {
+    address: String,
+    hello: Hello,
+    link: Link,
+}
+
+enum Link {
+    Open(Box<Open>),
+    /// A task looks for the coordinator.
+    Opening(JoinHandle<Result<(Open, Welcome), WorkerError>>),
+}
+
+/// The streams of a session.
+struct Open {
     up: mpsc::Sender<Up>,
     down: Streaming<pb::ToWorker>,
+}
+
+/// What comes of a session.
+#[derive(Debug, PartialEq)]
+pub enum Said {
+    /// The coordinator says something.
+    Message(ToWorker),
+    /// The session broke off, and why; nobody hears what is told from here on.
+    Lost(String),
+    /// The coordinator has taken the worker back.
+    Back(Box<Welcome>),
 }
 
 /// What an attempt to join came to, where it was not a welcome.
@@ -67,66 +97,95 @@ impl Session {
         hello: &Hello,
         patience: Duration,
     ) -> Result<(Self, Welcome), WorkerError> {
-        let deadline = Instant::now() + patience;
-        let mut pause = FIRST_PAUSE;
-        let mut reason = "it does not answer".to_owned();
-        loop {
-            match timeout_at(deadline, attempt(address, hello)).await {
-                Ok(Ok(joined)) => return Ok(joined),
-                Ok(Err(Attempt::Final(error))) => return Err(error),
-                Ok(Err(Attempt::Again(why))) => {
-                    tracing::debug!(reason = why, "could not join yet");
-                    reason = why;
-                }
-                Err(_) => {}
-            }
-            if Instant::now() + pause >= deadline {
-                return Err(WorkerError::Unreachable { address: address.to_owned(), patience, reason });
-            }
-            sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
-        }
+        let (open, welcome) = open(address, hello, patience).await?;
+        let hello = Hello { resume: Some(welcome.worker), ..hello.clone() };
+        Ok((Self { address: address.to_owned(), hello, link: Link::Open(Box::new(open)) }, welcome))
     }
 
-    /// Says something, without waiting.
-    ///
-    /// # Errors
-    /// [`WorkerError::CoordinatorGone`] where it has not listened for very long.
-    pub fn tell(&self, message: FromWorker) -> Result<(), WorkerError> {
-        match self.up.try_send(Up::Message(message)) {
-            Ok(()) => Ok(()),
-            // The session is over, and `next` says why.
-            Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+    /// Says something, without waiting. While the session is being opened again, and where the
+    /// coordinator has not listened for very long, nobody hears it.
+    pub fn tell(&mut self, message: FromWorker) {
+        let Link::Open(open) = &self.link else { return };
+        match open.up.try_send(Up::Message(message)) {
+            // Where the session is over, `next` says why.
+            Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
-                Err(gone(format!("{WAITING} messages wait for it and it reads none")))
+                tracing::warn!("{WAITING} messages wait for the coordinator and it reads none");
+                self.reopen();
             }
         }
     }
 
-    /// Waits for the coordinator's next message. Dropping the future loses nothing.
+    /// Waits for what comes next. Dropping the future loses nothing.
     ///
     /// # Errors
-    /// [`WorkerError::CoordinatorGone`] where the session ended.
-    pub async fn next(&mut self) -> Result<ToWorker, WorkerError> {
-        match self.down.next().await {
-            None => Err(gone("it closed the session".into())),
-            Some(Err(status)) => Err(gone(said(&status))),
-            Some(Ok(message)) => Down::try_from(message)
-                .and_then(Down::message)
-                .map_err(|malformed| gone(format!("it broke the session's protocol: {malformed}"))),
+    /// [`WorkerError::CoordinatorGone`] where it broke the protocol, [`WorkerError::Refused`]
+    /// where it goes on without this worker, and [`WorkerError::Unreachable`] where it was not
+    /// found again.
+    pub async fn next(&mut self) -> Result<Said, WorkerError> {
+        match &mut self.link {
+            Link::Open(open) => match open.down.next().await {
+                None => Ok(self.lost("it closed the session".into())),
+                Some(Err(status)) => Ok(self.lost(said(&status))),
+                Some(Ok(message)) => Down::try_from(message)
+                    .and_then(Down::message)
+                    .map(Said::Message)
+                    .map_err(|malformed| gone(format!("it broke the session's protocol: {malformed}"))),
+            },
+            Link::Opening(task) => {
+                let opened = task.await.map_err(|_| gone("the search for it ended".into()))?;
+                let (open, welcome) = opened?;
+                self.link = Link::Open(Box::new(open));
+                Ok(Said::Back(Box::new(welcome)))
+            }
         }
+    }
+
+    fn lost(&mut self, reason: String) -> Said {
+        tracing::warn!(reason, "lost the coordinator: stepping goes on while it is looked for");
+        self.reopen();
+        Said::Lost(reason)
+    }
+
+    fn reopen(&mut self) {
+        let (address, hello) = (self.address.clone(), self.hello.clone());
+        self.link = Link::Opening(tokio::spawn(async move { open(&address, &hello, ORPHANED).await }));
     }
 
     /// Closes the session, so that what was told is heard.
     pub async fn close(self) {
-        let Self { up, mut down } = self;
+        let Link::Open(open) = self.link else { return };
+        let Open { up, mut down } = *open;
         drop(up);
         // Whatever the coordinator still says or fails at, this worker ends.
         timeout(CLOSING, async { while down.next().await.is_some_and(|said| said.is_ok()) {} }).await.ok();
     }
 }
 
-async fn attempt(address: &str, hello: &Hello) -> Result<(Session, Welcome), Attempt> {
+/// Looks for the coordinator until it takes the worker on or turns it away.
+async fn open(address: &str, hello: &Hello, patience: Duration) -> Result<(Open, Welcome), WorkerError> {
+    let deadline = Instant::now() + patience;
+    let mut pause = FIRST_PAUSE;
+    let mut reason = "it does not answer".to_owned();
+    loop {
+        match timeout_at(deadline, attempt(address, hello)).await {
+            Ok(Ok(joined)) => return Ok(joined),
+            Ok(Err(Attempt::Final(error))) => return Err(error),
+            Ok(Err(Attempt::Again(why))) => {
+                tracing::debug!(reason = why, "could not join yet");
+                reason = why;
+            }
+            Err(_) => {}
+        }
+        if Instant::now() + pause >= deadline {
+            return Err(WorkerError::Unreachable { address: address.to_owned(), patience, reason });
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+async fn attempt(address: &str, hello: &Hello) -> Result<(Open, Welcome), Attempt> {
     let again = |status: Status| match status.code() {
         Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded => {
             Attempt::Again(said(&status))
@@ -145,7 +204,7 @@ async fn attempt(address: &str, hello: &Hello) -> Result<(Session, Welcome), Att
     let first = down.message().await.map_err(again)?;
     let first = first.ok_or_else(|| Attempt::Again("it closed the session without an answer".into()))?;
     match Down::try_from(first).and_then(Down::answer) {
-        Ok(Ok(welcome)) => Ok((Session { up, down }, *welcome)),
+        Ok(Ok(welcome)) => Ok((Open { up, down }, *welcome)),
         Ok(Err(refusal)) => Err(Attempt::Final(WorkerError::Refused(refusal))),
         Err(malformed) => Err(Attempt::Final(protocol(address, malformed.to_string()))),
     }

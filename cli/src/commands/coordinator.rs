@@ -16,7 +16,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let farewell = runtime.block_on(async {
-        let running = start(&mut job).await?;
+        let running = start(&mut job, true).await?;
         say(&format!("workers join with: caravan worker --join {}", running.address));
         let ended = watch(&running, job.settings.recipe.steps, None).await;
         running.shutdown().await;

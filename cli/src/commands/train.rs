@@ -59,7 +59,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
 
 /// Coordinator, workers and view, until the run has ended.
 async fn train(job: &mut Job) -> Result<Farewell, Failure> {
-    let running = start(job).await?;
+    let running = start(job, false).await?;
     let cluster = &job.settings.cluster;
     let worker = Worker {
         program: std::env::current_exe()?,
@@ -75,9 +75,10 @@ async fn train(job: &mut Job) -> Result<Farewell, Failure> {
     ended
 }
 
-/// Starts the coordinator in this process and says where it is.
-pub async fn start(job: &mut Job) -> Result<Running, Failure> {
-    let running = serve(job.options()?).await?;
+/// Starts the coordinator in this process and says where it is. `recover` says whether workers
+/// of an earlier start may be alive.
+pub async fn start(job: &mut Job, recover: bool) -> Result<Running, Failure> {
+    let running = serve(job.options(recover)?).await?;
     job.run.set_address(Some(&format!("http://{}", running.address)))?;
     say(&format!("run folder: {}", job.run.path().display()));
     say(&format!("live page: http://{}", running.address));

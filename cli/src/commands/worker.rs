@@ -3,6 +3,7 @@
 use crate::say;
 use crate::telemetry::{self, LogTarget};
 use caravan_worker::{Exit, Options};
+use std::io;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
@@ -21,6 +22,9 @@ pub struct Args {
     /// A name for people; host and process by default.
     #[arg(long)]
     name: Option<String>,
+    /// End when standard input does, as it does with the process that started this one.
+    #[arg(long, hide = true)]
+    tether: bool,
 }
 
 /// Works until told to end. The exit code says whether it helps to start it again.
@@ -35,13 +39,31 @@ pub fn run(args: &Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + S
     };
     // One thread moves messages; the engine computes on its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let ended = runtime.block_on(caravan_worker::run(options));
+    let ended = runtime.block_on(async {
+        tokio::select! {
+            ended = caravan_worker::run(options) => Some(ended),
+            () = snapped(), if args.tether => None,
+        }
+    });
     match &ended {
-        Ok(farewell) => say(&format!("ending: {farewell}")),
-        Err(error) => say(&format!("error: {error}")),
+        Some(Ok(farewell)) => say(&format!("ending: {farewell}")),
+        Some(Err(error)) => say(&format!("error: {error}")),
+        None => say("error: the process that started this worker is gone, and nobody would look after it"),
     }
     drop(telemetry);
     // The engine may be in the middle of a step that nobody wants any more.
     runtime.shutdown_background();
-    Ok(ExitCode::from(Exit::from(&ended) as u8))
+    Ok(ExitCode::from(ended.as_ref().map_or(Exit::CoordinatorGone, Exit::from) as u8))
+}
+
+/// Waits for the end of standard input, which says nothing before: on a thread of its own, as
+/// reading it cannot be given up.
+async fn snapped() {
+    let (sender, ended) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        io::copy(&mut io::stdin(), &mut io::sink()).ok();
+        // Nobody waits for it where the worker has ended.
+        sender.send(()).ok();
+    });
+    ended.await.ok();
 }

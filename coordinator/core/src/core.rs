@@ -11,7 +11,7 @@ use caravan_types::message::{
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
 use caravan_types::task::SavedPart;
 use caravan_types::{Generation, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A worker that others lost this often without a step in between is cut out: the fault is
 /// more likely on its side of the network, and trying again has not helped twice.
@@ -26,45 +26,54 @@ const MOST_DIVERGENCES: u32 = 3;
 pub struct Core {
     config: Config,
     table: SliceTable,
-    phase: Phase,
-    members: Members,
+    pub(crate) phase: Phase,
+    pub(crate) members: Members,
     next_worker: u64,
     /// The newest generation that was announced.
-    generation: Generation,
+    pub(crate) generation: Generation,
     /// The plan in force: none before the first one and after all its members died.
-    plan: Option<Plan>,
+    pub(crate) plan: Option<Plan>,
     /// While regrouping: whether the step in flight is finished first.
     boundary: bool,
     /// When gathering ends with fewer workers than wanted, or a stop must be answered.
-    deadline: Option<Millis>,
+    pub(crate) deadline: Option<Millis>,
     /// The newest committed step, as told.
     committed: Option<Committed>,
     checkpoint: Option<Step>,
     saves: Saves,
     divergences: u32,
-    draining: bool,
+    pub(crate) draining: bool,
+    /// While recovering: members that are not back yet.
+    pub(crate) awaited: BTreeSet<WorkerId>,
+    /// While recovering: members whom others have lost.
+    pub(crate) missed: BTreeSet<WorkerId>,
 }
 
 impl Core {
     /// A coordinator that has no workers yet.
     #[must_use]
-    pub fn new(config: Config, restored: Restored, _now: Millis) -> Self {
+    pub fn new(config: Config, restored: Restored, now: Millis) -> Self {
         let table = SliceTable::new(&config.shape);
+        let plan = restored.plan.filter(|plan| plan.generation <= restored.generation);
+        let awaited: BTreeSet<WorkerId> =
+            plan.iter().flat_map(|plan| &plan.members).map(|m| m.worker).collect();
         Self {
+            deadline: plan.as_ref().map(|_| now + config.detect_ms),
             config,
             table,
-            phase: Phase::Gathering,
+            phase: if plan.is_some() { Phase::Recovering } else { Phase::Gathering },
             members: Members::default(),
             next_worker: restored.next_worker.max(1),
             generation: restored.generation,
-            plan: None,
+            plan,
             boundary: false,
-            deadline: None,
             committed: None,
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
             divergences: 0,
             draining: false,
+            awaited,
+            missed: BTreeSet::new(),
         }
     }
 
@@ -162,6 +171,9 @@ impl Core {
             Some(Refusal::Protocol { ours: PROTOCOL_VERSION, theirs: hello.protocol })
         } else if !hello.families.contains(&self.config.family) {
             Some(Refusal::Numerics { needed: self.config.family.clone(), offered: hello.families.clone() })
+        } else if let Some(worker) = hello.resume {
+            let awaited = self.awaited.contains(&worker);
+            (!awaited).then_some(Refusal::Fenced { worker, generation: self.generation })
         } else {
             self.draining.then_some(Refusal::NotTaking)
         };
@@ -169,10 +181,13 @@ impl Core {
             out.push(Output::Note(Event::Refused { name: hello.name, reason: refusal.clone() }));
             return out.push(Output::Refuse { session, refusal });
         }
+        if let Some(worker) = hello.resume {
+            return self.reattach(now, session, worker, hello, out);
+        }
         let worker = WorkerId(self.next_worker);
         self.next_worker += 1;
         out.push(Output::Persist(Record::Worker(self.next_worker)));
-        out.push(Output::Welcome { session, worker });
+        out.push(Output::Welcome { session, worker, committed: self.step() });
         out.push(Output::Note(Event::Joined { worker, name: hello.name.clone() }));
         self.members.add(worker, session, hello, now);
         if self.phase == Phase::Regrouping {
@@ -204,7 +219,7 @@ impl Core {
         }
     }
 
-    fn lose(&mut self, now: Millis, worker: WorkerId, reason: LossReason, out: &mut Vec<Output>) {
+    pub(crate) fn lose(&mut self, now: Millis, worker: WorkerId, reason: LossReason, out: &mut Vec<Output>) {
         if !self.members.remove(worker) {
             return;
         }
@@ -221,6 +236,10 @@ impl Core {
         let current = self.plan.as_ref().is_some_and(|p| p.generation == generation);
         if !current || self.phase == Phase::Regrouping && !self.boundary {
             return;
+        }
+        if self.phase == Phase::Recovering {
+            self.missed.insert(peer);
+            return self.recover(now, false, out);
         }
         let Some(suspect) = self.members.get_mut(peer) else { return };
         suspect.suspected += 1;
@@ -265,6 +284,7 @@ impl Core {
             self.deadline = None;
             match self.phase {
                 Phase::Gathering if !self.members.is_empty() => self.stop(now, false, out),
+                Phase::Recovering => self.recover(now, true, out),
                 Phase::Regrouping => {
                     let mute = self.members.iter().filter(|(_, w)| w.report.is_none());
                     for worker in mute.map(|(id, _)| id).collect::<Vec<_>>() {
@@ -279,9 +299,12 @@ impl Core {
     // ---- generations ----
 
     /// Looks at who is there, and starts whatever that calls for.
-    fn consider(&mut self, now: Millis, out: &mut Vec<Output>) {
+    pub(crate) fn consider(&mut self, now: Millis, out: &mut Vec<Output>) {
         if self.over() {
             return;
+        }
+        if self.phase == Phase::Recovering {
+            return self.recover(now, false, out);
         }
         let dead = self.plan.iter().flat_map(|p| &p.members).any(|m| !self.members.has(m.worker));
         if self.members.is_empty() {
@@ -303,8 +326,10 @@ impl Core {
     }
 
     /// Nobody is left: wait for workers, or be drained.
-    fn empty(&mut self, out: &mut Vec<Output>) {
-        self.plan = None;
+    pub(crate) fn empty(&mut self, out: &mut Vec<Output>) {
+        if self.plan.take().is_some() {
+            out.push(Output::Persist(Record::Disbanded));
+        }
         self.deadline = None;
         self.phase = Phase::Gathering;
         if self.draining {
@@ -321,7 +346,7 @@ impl Core {
     }
 
     /// Announces a new generation: everybody stops, at once or after the step in flight.
-    fn stop(&mut self, now: Millis, boundary: bool, out: &mut Vec<Output>) {
+    pub(crate) fn stop(&mut self, now: Millis, boundary: bool, out: &mut Vec<Output>) {
         self.generation = self.generation.next();
         self.phase = Phase::Regrouping;
         self.boundary = boundary;
@@ -531,6 +556,9 @@ impl Core {
     fn end(&mut self, phase: Phase, event: Event, farewell: Farewell, out: &mut Vec<Output>) {
         self.phase = phase;
         self.deadline = None;
+        if self.plan.is_some() {
+            out.push(Output::Persist(Record::Disbanded));
+        }
         out.push(Output::Note(event));
         for worker in self.members.ids() {
             out.push(Output::Send { worker, message: ToWorker::Goodbye(farewell) });

@@ -12,13 +12,14 @@
 //! 5. Sessions are numbered once; after [`Input::Closed`] a session says nothing more.
 //!
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
-//! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out the slices,
+//! survivors' reports add up to; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
 //! `saves` watches checkpoints being written.
 
 mod core;
 mod members;
 mod owners;
 mod planner;
+mod recover;
 mod regroup;
 mod saves;
 
@@ -59,7 +60,7 @@ pub struct Config {
 }
 
 /// What is known from before this coordinator started.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Restored {
     /// The newest generation that was ever announced.
     pub generation: Generation,
@@ -67,6 +68,9 @@ pub struct Restored {
     pub next_worker: u64,
     /// The newest intact checkpoint.
     pub checkpoint: Option<Step>,
+    /// The plan that was in force, where its members may be alive and stepping: they are waited
+    /// for.
+    pub plan: Option<Plan>,
 }
 
 /// What the core is told.
@@ -115,6 +119,8 @@ pub enum Record {
     Worker(u64),
     /// This plan is about to be in force.
     Plan(Plan),
+    /// No plan is in force any more: the run is over, or all members are gone.
+    Disbanded,
     /// This checkpoint is complete.
     Checkpoint(Step),
 }
@@ -130,6 +136,8 @@ pub enum Output {
         session: Session,
         /// Its id.
         worker: WorkerId,
+        /// The newest step that is known to be committed.
+        committed: Step,
     },
     /// Turn it away, and close the session.
     Refuse {

@@ -8,7 +8,9 @@
 use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
 use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VERSION, Report, ToWorker};
 use caravan_types::task::SavedPart;
-use caravan_types::{Digest, Generation, ModelShape, Plan, SliceId, SliceSet, Source, Step, WorkerId};
+use caravan_types::{
+    Digest, Generation, Member, ModelShape, Plan, SliceId, SliceSet, Source, Step, WorkerId,
+};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -123,6 +125,7 @@ impl Stage {
             generation: Generation(words.number("generation", 0)),
             next_worker: words.number("next_worker", 1),
             checkpoint: words.named.get("checkpoint").map(|s| Step(s.parse().unwrap())),
+            plan: words.named.get("members").map(|list| restored_plan(words, list)),
         };
         Self { core: Core::new(config, restored, 0), now: 0 }
     }
@@ -158,6 +161,25 @@ fn hello(words: &Words<'_>) -> Hello {
         fabric: format!("here:{}", words.id(1)),
         families: vec![(*words.named.get("family").unwrap_or(&"avx512")).into()],
         threads: 1,
+        resume: words.named.get("resume").map(|w| WorkerId(w.trim_start_matches('w').parse().unwrap())),
+    }
+}
+
+/// A plan as a store remembers it; who does what in it does not matter to whoever restarts.
+fn restored_plan(words: &Words<'_>, list: &str) -> Plan {
+    let member = |w: &str| {
+        let worker = WorkerId(w.trim_start_matches('w').parse().unwrap());
+        Member { worker, fabric: format!("here:{}", worker.0) }
+    };
+    Plan {
+        generation: Generation(words.number("planned", 1)),
+        base: Step(words.number("base", 0)),
+        norm: None,
+        members: list.split(',').map(member).collect(),
+        pipelines: Vec::new(),
+        owners: Vec::new(),
+        transfers: Vec::new(),
+        idle: Vec::new(),
     }
 }
 
@@ -196,7 +218,9 @@ fn shown(output: &Output) -> String {
     match output {
         Output::Persist(Record::Plan(plan)) => format!("persist plan\n{}", plan_lines(plan)),
         Output::Persist(record) => format!("persist {record:?}"),
-        Output::Welcome { session, worker } => format!("welcome session {} as {worker}", session.0),
+        Output::Welcome { session, worker, committed } => {
+            format!("welcome session {} as {worker}, knowing of step {committed}", session.0)
+        }
         Output::Refuse { session, refusal } => format!("refuse session {}: {refusal}", session.0),
         Output::Send { worker, message: ToWorker::Plan(plan) } => {
             format!("{worker} <- plan {}", plan.generation)

@@ -58,10 +58,11 @@ fn bench(workers: u32) -> Bench {
         checkpoint_every: 0,
         data: String::new(),
         checkpoints: String::new(),
+        committed: Step(0),
     };
     let checkpoints = Checkpoints { root: dir.path().join("checkpoints"), spec, tokenizer: None, keep: 1 };
     let parts = Parts {
-        core: Core::new(config, State::default().restored(None), 0),
+        core: Core::new(config, State::default().restored(None, false), 0),
         store: GatedStore(appends),
         journal: journal.clone(),
         checkpoints: Arc::new(checkpoints),
@@ -81,6 +82,7 @@ fn hello(name: &str) -> Hello {
         fabric: "127.0.0.1:1".into(),
         families: vec!["portable".into()],
         threads: 1,
+        resume: None,
     }
 }
 

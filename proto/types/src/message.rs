@@ -25,6 +25,9 @@ pub struct Hello {
     pub families: Vec<String>,
     /// Compute threads.
     pub threads: u32,
+    /// Set where a worker that was taken on before has lost its session and wants to go on
+    /// with the same id: the coordinator may have been restarted.
+    pub resume: Option<WorkerId>,
 }
 
 /// What the coordinator tells a worker that it takes on.
@@ -44,6 +47,9 @@ pub struct Welcome {
     pub data: String,
     /// Folder of the checkpoints.
     pub checkpoints: String,
+    /// The newest step that the coordinator knows to be committed. A worker that comes back
+    /// tells those after it again.
+    pub committed: Step,
 }
 
 /// Why a worker is not taken on.
@@ -65,6 +71,13 @@ pub enum Refusal {
     },
     /// The run is over or being drained.
     NotTaking,
+    /// A worker wants to go on with an id that is no member's any more.
+    Fenced {
+        /// The id.
+        worker: WorkerId,
+        /// The generation that goes on without it.
+        generation: Generation,
+    },
 }
 
 impl fmt::Display for Refusal {
@@ -81,6 +94,11 @@ impl fmt::Display for Refusal {
                 offered.first().map_or("portable", String::as_str)
             ),
             Self::NotTaking => f.write_str("the run is finished or stopping, and takes no more workers"),
+            Self::Fenced { worker, generation } => write!(
+                f,
+                "{worker} was silent for longer than the failure budget, or not back in time, and {generation} goes \
+                 on without it: start the worker again, and it joins anew"
+            ),
         }
     }
 }

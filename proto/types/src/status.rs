@@ -12,6 +12,8 @@ pub enum Phase {
     /// Waiting for workers.
     #[default]
     Gathering,
+    /// A restarted coordinator waits for the members of the plan in force, which go on meanwhile.
+    Recovering,
     /// Stopping one generation and planning the next.
     Regrouping,
     /// Stepping.
@@ -30,6 +32,7 @@ impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Gathering => "gathering",
+            Self::Recovering => "recovering",
             Self::Regrouping => "regrouping",
             Self::Running => "running",
             Self::Draining => "draining",
@@ -50,6 +53,18 @@ pub enum Event {
         worker: WorkerId,
         /// Its name.
         name: String,
+    },
+    /// A member is back after the coordinator was restarted.
+    Reattached {
+        /// Its id.
+        worker: WorkerId,
+        /// Its name.
+        name: String,
+    },
+    /// All members are back, and nothing has changed.
+    Recovered {
+        /// The generation that was in force all the time.
+        generation: Generation,
     },
     /// A worker was not taken on.
     Refused {
@@ -147,6 +162,8 @@ pub enum LossReason {
     Left,
     /// It broke the protocol.
     Misbehaved,
+    /// It did not come back after the coordinator was restarted.
+    NotBack,
 }
 
 impl fmt::Display for LossReason {
@@ -156,6 +173,7 @@ impl fmt::Display for LossReason {
             Self::Silent => "it was silent for longer than the failure budget",
             Self::Left => "it asked to leave",
             Self::Misbehaved => "it broke the protocol",
+            Self::NotBack => "it did not come back to the restarted coordinator",
         })
     }
 }
@@ -164,6 +182,10 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Joined { worker, name } => write!(f, "{worker} ({name}) joined"),
+            Self::Reattached { worker, name } => write!(f, "{worker} ({name}) is back"),
+            Self::Recovered { generation } => {
+                write!(f, "the coordinator is back: all members are there, {generation} goes on")
+            }
             Self::Refused { name, reason } => write!(f, "{name} was refused: {reason}"),
             Self::Lost { worker, reason } => write!(f, "{worker} is gone: {reason}"),
             Self::Stopping { generation, boundary: true } => {

@@ -38,6 +38,9 @@ pub const MAX_TEXTS: usize = 64;
 /// Longest run spec, in bytes: some thirty numbers and three texts of [`MAX_TEXT`].
 pub const MAX_RUN_SPEC: usize = 1 << 16;
 
+/// Longest event as JSON, in bytes: the numbers of a hundred thousand members of a plan.
+pub const MAX_EVENT: usize = 1 << 20;
+
 /// Slices that the sets of one plan may hold together, each set counted up to its largest
 /// member: as bitmaps, 128 MiB. A thousand members that each get the weights of 2^19 slices
 /// from one other member need half of it.

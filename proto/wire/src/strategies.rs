@@ -82,8 +82,9 @@ pub(crate) fn run_spec() -> impl Strategy<Value = RunSpec> {
 }
 
 pub(crate) fn hello() -> impl Strategy<Value = Hello> {
-    (any::<(u32, u32)>(), [text(), text(), text(), text()], vec(text(), 0..4)).prop_map(
-        |((protocol, threads), [build, name, host, fabric], families)| Hello {
+    let numbers = (any::<u32>(), any::<u32>(), option::of(worker()));
+    (numbers, [text(), text(), text(), text()], vec(text(), 0..4)).prop_map(
+        |((protocol, threads, resume), [build, name, host, fabric], families)| Hello {
             protocol,
             build,
             name,
@@ -91,13 +92,14 @@ pub(crate) fn hello() -> impl Strategy<Value = Hello> {
             fabric,
             families,
             threads,
+            resume,
         },
     )
 }
 
 pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
-    (worker(), run_spec(), any::<(u32, u64, u64)>(), text(), text()).prop_map(
-        |(worker, spec, (redundancy, detect_ms, checkpoint_every), data, checkpoints)| Welcome {
+    (worker(), run_spec(), any::<(u32, u64, u64)>(), text(), text(), step()).prop_map(
+        |(worker, spec, (redundancy, detect_ms, checkpoint_every), data, checkpoints, committed)| Welcome {
             worker,
             spec,
             redundancy,
@@ -105,6 +107,7 @@ pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
             checkpoint_every,
             data,
             checkpoints,
+            committed,
         },
     )
 }
@@ -114,6 +117,7 @@ pub(crate) fn refusal() -> impl Strategy<Value = Refusal> {
         any::<(u32, u32)>().prop_map(|(ours, theirs)| Refusal::Protocol { ours, theirs }),
         (text(), vec(text(), 0..3)).prop_map(|(needed, offered)| Refusal::Numerics { needed, offered }),
         Just(Refusal::NotTaking),
+        (worker(), generation()).prop_map(|(worker, generation)| Refusal::Fenced { worker, generation }),
     ]
 }
 
@@ -239,7 +243,9 @@ fn worker_status() -> impl Strategy<Value = WorkerStatus> {
 
 pub(crate) fn phase() -> impl Strategy<Value = Phase> {
     use Phase::*;
-    prop::sample::select(vec![Gathering, Regrouping, Running, Draining, Drained, Finished, Failed])
+    prop::sample::select(vec![
+        Gathering, Recovering, Regrouping, Running, Draining, Drained, Finished, Failed,
+    ])
 }
 
 pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
@@ -261,9 +267,11 @@ pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
 
 fn event() -> impl Strategy<Value = Event> {
     use LossReason::*;
-    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved]);
+    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
+        (worker(), text()).prop_map(|(worker, name)| Event::Reattached { worker, name }),
+        generation().prop_map(|generation| Event::Recovered { generation }),
         (text(), refusal()).prop_map(|(name, reason)| Event::Refused { name, reason }),
         (worker(), reason).prop_map(|(worker, reason)| Event::Lost { worker, reason }),
         (generation(), any::<bool>())

@@ -315,6 +315,7 @@ impl<'a> Cluster<'a> {
             fabric: format!("here:{}", session.0),
             families: vec![FAMILY.into()],
             threads: 1,
+            resume: None,
         };
         self.coordinate(coordinator::Input::Hello { session, hello })
     }
@@ -418,7 +419,7 @@ impl<'a> Cluster<'a> {
             match output {
                 coordinator::Output::Persist(coordinator::Record::Plan(plan)) => self.planned = Some(plan),
                 coordinator::Output::Persist(_) => {}
-                coordinator::Output::Welcome { session, worker } => self.welcome(session, worker),
+                coordinator::Output::Welcome { session, worker, .. } => self.welcome(session, worker),
                 coordinator::Output::Refuse { session, .. } => {
                     self.nodes.retain(|_, n| n.session != session);
                 }

@@ -1,6 +1,7 @@
 //! A member's life across generations; the steps in between are in [`crate::step`].
 
 use crate::heal::Heal;
+use crate::memory::Memory;
 use crate::part::Place;
 use crate::round::{Direction, Inbox, Round};
 use crate::schedule::Schedule;
@@ -42,6 +43,7 @@ pub struct Core {
     pub(crate) finished: bool,
     pub(crate) since: Millis,
     beat: Millis,
+    pub(crate) memory: Memory,
 }
 
 impl Core {
@@ -67,6 +69,7 @@ impl Core {
             finished: false,
             since: now,
             beat: now,
+            memory: Memory::default(),
         }
     }
 
@@ -77,11 +80,19 @@ impl Core {
             Input::Peer { generation, from, message } => self.peer(now, generation, from, message, out),
             Input::PeerLost { generation, peer } => {
                 if self.place.as_ref().is_some_and(|p| p.generation() == generation) {
+                    self.memory.lost(peer);
                     out.push(Output::Tell(FromWorker::PeerLost { generation, peer }));
                 }
             }
             Input::Done(done) => self.done(now, done, out),
-            Input::Leave => out.push(Output::Tell(FromWorker::Leaving)),
+            Input::Leave => {
+                self.memory.leaving();
+                out.push(Output::Tell(FromWorker::Leaving));
+            }
+            Input::Attached { committed } => {
+                let generation = self.place.as_ref().map(Place::generation);
+                self.memory.tell(generation, committed, out);
+            }
             Input::Tick => {}
         }
         if now >= self.beat {
@@ -189,6 +200,7 @@ impl Core {
                 out.push(Output::Send { to, message });
             }
         }
+        self.memory.start();
         self.heal = Heal::new(&place);
         self.round = Round::default();
         self.inbox = Inbox::default();
@@ -253,6 +265,7 @@ impl Core {
             PeerMessage::Prepared(vote) => self.vote(now, from, vote, out),
         };
         if !understood {
+            self.memory.lost(from);
             out.push(Output::Tell(FromWorker::PeerLost { generation, peer: from }));
         }
     }

@@ -15,10 +15,11 @@
 //! Reading order: [`Core`] is a member's life across generations: stop, report, plan, heal;
 //! `step` is the life of one step: compute, reduce, prepare, commit, publish; `schedule` is the
 //! order of its micro-batches, `round` what has come in for it; `heal` is what a member still
-//! lacks; `part` is its place in a plan.
+//! lacks; `part` is its place in a plan; `memory` is what a coordinator may have to be told again.
 
 mod core;
 mod heal;
+mod memory;
 mod part;
 mod round;
 mod schedule;
@@ -29,7 +30,7 @@ pub use crate::core::Core;
 use caravan_types::message::{Farewell, FromWorker, ToWorker};
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::task::{Done, Task};
-use caravan_types::{BatchShape, Generation, Member, ModelShape, WorkerId};
+use caravan_types::{BatchShape, Generation, Member, ModelShape, Step, WorkerId};
 
 /// Milliseconds on a clock that only goes forward, from any origin.
 pub type Millis = u64;
@@ -71,6 +72,12 @@ pub enum Input {
         generation: Generation,
         /// The member at the other end.
         peer: WorkerId,
+    },
+    /// The coordinator has taken this worker back after their session broke off. It knows of
+    /// nothing that was told meanwhile.
+    Attached {
+        /// The newest step that it knows to be committed.
+        committed: Step,
     },
     /// The engine has done something.
     Done(Done),

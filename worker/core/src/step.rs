@@ -71,7 +71,9 @@ impl Core {
                 }
             }
             Done::Saved { generation, step, part } => {
-                out.push(Output::Tell(FromWorker::Saved { generation, step, part }));
+                let saved = FromWorker::Saved { generation, step, part };
+                self.memory.saved(saved.clone());
+                out.push(Output::Tell(saved));
             }
         }
     }
@@ -196,7 +198,9 @@ impl Core {
             }
             Verdict::Diverged(slice) => {
                 let generation = place.generation();
-                out.push(Output::Tell(FromWorker::Diverged { generation, step, slice }));
+                let diverged = FromWorker::Diverged { generation, step, slice };
+                self.memory.diverged(diverged.clone());
+                out.push(Output::Tell(diverged));
             }
         }
     }
@@ -225,6 +229,7 @@ impl Core {
                 out.push(Output::Send { to, message: PeerMessage::Data(Key::Weights { step, slice }) });
             }
         }
+        self.memory.committed(committed.clone());
         out.push(Output::Tell(FromWorker::Committed(committed)));
         let due = self.config.checkpoint_every > 0 && step.0.is_multiple_of(self.config.checkpoint_every);
         if due && step.0 < self.config.steps && !place.primary.is_empty() {

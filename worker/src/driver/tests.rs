@@ -61,6 +61,7 @@ impl Run {
             checkpoint_every: 0,
             data: self.data.to_str().unwrap().into(),
             checkpoints: self.dir.path().join("checkpoints").to_str().unwrap().into(),
+            committed: Step(0),
         }
     }
 
@@ -187,12 +188,39 @@ async fn other_data_than_the_run_s_is_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_without_its_coordinator_ends() {
+async fn a_worker_goes_on_without_its_coordinator_and_tells_the_next_one_what_it_missed() {
+    let (run, mut stub) = (Run::new(), Stub::start().await);
+    let (mut workers, mut talks, members) = gather(&run, &mut stub, 1).await;
+    talks[0].say(ToWorker::Plan(run.plan(&members))).await;
+    // Nobody hears of a step from here on.
+    talks.clear();
+    let known = Welcome { committed: Step(1), ..run.welcome(1) };
+    let (mut talk, hello) = stub.take_on(known).await;
+    assert_eq!(hello.resume, Some(WorkerId(1)));
+    let mut steps = Vec::new();
+    loop {
+        match talk.news().await {
+            Some(FromWorker::Committed(Committed { step, .. })) => steps.push(step.0),
+            Some(FromWorker::Saved { step: Step(3), part: Ok(_), .. }) => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    // Those that it tells again, and those that it tells for the first time, in order.
+    assert_eq!(steps, [2, 3]);
+    talk.say(ToWorker::Goodbye(Farewell::Finished)).await;
+    assert_eq!(Exit::from(&workers.pop().unwrap().await.unwrap()), Exit::Good);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_run_s_coordinator_gets_no_worker_of_this_run() {
     let (run, mut stub) = (Run::new(), Stub::start().await);
     let worker = start(&stub);
     drop(stub.take_on(run.welcome(1)).await);
+    let mut other = run.welcome(1);
+    other.spec.seed += 1;
+    let (_talk, _) = stub.take_on(other).await;
     let ended = worker.await.unwrap();
-    assert!(ended.as_ref().unwrap_err().to_string().starts_with("coordinator is gone"), "{ended:?}");
+    assert!(matches!(ended, Err(WorkerError::OtherRun)), "{ended:?}");
 }
 
 /// The address that a child process of the test below works for.

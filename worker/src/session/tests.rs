@@ -25,6 +25,7 @@ fn hello() -> Hello {
         fabric: "127.0.0.1:1".into(),
         families: vec!["portable".into()],
         threads: 1,
+        resume: None,
     }
 }
 
@@ -47,6 +48,7 @@ fn welcome() -> Welcome {
         checkpoint_every: 0,
         data: "data".into(),
         checkpoints: "checkpoints".into(),
+        committed: Step(0),
     }
 }
 
@@ -64,13 +66,13 @@ async fn a_worker_that_is_taken_on_talks_and_listens() {
     assert_eq!((heard, welcomed), (hello.clone(), welcome()));
 
     let beat = FromWorker::Heartbeat { applied: Step(3), activity: Activity::Computing };
-    session.tell(beat.clone()).unwrap();
+    session.tell(beat.clone());
     assert_eq!(talk.hear().await, Some(Up::Message(beat)));
     let stop = ToWorker::Stop { generation: Generation(2), boundary: true };
     talk.say(stop.clone()).await;
-    assert_eq!(session.next().await.unwrap(), stop);
+    assert_eq!(session.next().await.unwrap(), Said::Message(stop));
 
-    session.tell(FromWorker::Leaving).unwrap();
+    session.tell(FromWorker::Leaving);
     let close = tokio::spawn(session.close());
     assert_eq!(talk.hear().await, Some(Up::Message(FromWorker::Leaving)), "said before the end, so heard");
     assert_eq!(talk.hear().await, None);
@@ -163,8 +165,28 @@ async fn a_coordinator_that_breaks_the_protocol_is_left() {
 }
 
 #[tokio::test]
-async fn a_session_that_ends_is_a_coordinator_that_is_gone() {
-    let ends = [(None, "closed the session"), (Some(Status::invalid_argument("no sense")), "no sense")];
+async fn a_coordinator_that_went_on_without_a_worker_says_so_and_the_worker_joins_anew() {
+    let mut stub = Stub::start().await;
+    let (address, hello) = (stub.address.clone(), hello());
+    let (joined, (talk, _)) = tokio::join!(Session::join(&address, &hello, LONG), stub.take_on(welcome()));
+    let mut session = joined.map_err(|e| e.to_string()).unwrap().0;
+    drop(talk);
+    assert!(matches!(session.next().await, Ok(Said::Lost(_))));
+    let refuse = async {
+        let mut talk = stub.session().await;
+        talk.hear().await.unwrap().hello().unwrap();
+        talk.say(Refusal::Fenced { worker: WorkerId(5), generation: Generation(9) }).await;
+        talk
+    };
+    let (ended, _talk) = tokio::join!(session.next(), refuse);
+    let error = ended.err().unwrap();
+    assert!(error.to_string().contains("w5") && error.to_string().contains("g9"), "{error}");
+    assert_eq!(exit(error), Exit::Fenced);
+}
+
+#[tokio::test]
+async fn a_session_that_breaks_off_is_opened_again_with_the_same_id() {
+    let ends = [(None, "closed the session"), (Some(Status::unavailable("no sense")), "no sense")];
     for (status, words) in ends {
         let mut stub = Stub::start().await;
         let (address, hello) = (stub.address.clone(), hello());
@@ -175,11 +197,14 @@ async fn a_session_that_ends_is_a_coordinator_that_is_gone() {
             talk.fail(status).await;
         }
         drop(talk);
-        let error = session.next().await.err().unwrap();
-        assert!(
-            error.to_string().starts_with("coordinator is gone") && error.to_string().contains(words),
-            "{error}"
-        );
-        assert_eq!(exit(error), Exit::CoordinatorGone);
+        let Said::Lost(reason) = session.next().await.unwrap() else { panic!("not lost") };
+        assert!(reason.contains(words), "{reason}");
+        session.tell(FromWorker::Leaving);
+        let (back, (mut talk, heard)) = tokio::join!(session.next(), stub.take_on(welcome()));
+        assert_eq!(back.unwrap(), Said::Back(Box::new(welcome())));
+        assert_eq!(heard.resume, Some(welcome().worker));
+        let beat = FromWorker::Heartbeat { applied: Step(3), activity: Activity::Computing };
+        session.tell(beat.clone());
+        assert_eq!(talk.hear().await, Some(Up::Message(beat)), "what was told to nobody is not kept");
     }
 }

@@ -121,8 +121,9 @@ impl From<ToWorker> for to_worker::Message {
 
 impl From<Hello> for pb::Hello {
     fn from(hello: Hello) -> Self {
-        let Hello { protocol, build, name, host, fabric, families, threads } = hello;
-        Self { protocol, build, name, host, fabric, families, threads }
+        let Hello { protocol, build, name, host, fabric, families, threads, resume } = hello;
+        let resume = resume.map(|worker| worker.0);
+        Self { protocol, build, name, host, fabric, families, threads, resume }
     }
 }
 
@@ -138,6 +139,7 @@ impl TryFrom<pb::Hello> for Hello {
             fabric: text(hello.fabric, "Hello.fabric")?,
             families: texts(hello.families, "Hello.families")?,
             threads: hello.threads,
+            resume: hello.resume.map(|worker| limits::worker(worker, "Hello.resume")).transpose()?,
         })
     }
 }
@@ -152,6 +154,7 @@ impl From<Welcome> for pb::Welcome {
             checkpoint_every: welcome.checkpoint_every,
             data: welcome.data,
             checkpoints: welcome.checkpoints,
+            committed: welcome.committed.0,
         }
     }
 }
@@ -168,6 +171,7 @@ impl TryFrom<pb::Welcome> for Welcome {
             checkpoint_every: welcome.checkpoint_every,
             data: text(welcome.data, "Welcome.data")?,
             checkpoints: text(welcome.checkpoints, "Welcome.checkpoints")?,
+            committed: limits::step(welcome.committed, "Welcome.committed")?,
         })
     }
 }
@@ -207,6 +211,9 @@ impl From<Refusal> for pb::Refusal {
                     Reason::Numerics(pb::NumericsRefusal { needed, offered })
                 }
                 Refusal::NotTaking => Reason::NotTaking(pb::NotTaking {}),
+                Refusal::Fenced { worker, generation } => {
+                    Reason::Fenced(pb::FencedRefusal { worker: worker.0, generation: generation.0 })
+                }
             }),
         }
     }
@@ -224,6 +231,10 @@ impl TryFrom<pb::Refusal> for Refusal {
                 offered: texts(refusal.offered, "NumericsRefusal.offered")?,
             },
             Reason::NotTaking(pb::NotTaking {}) => Self::NotTaking,
+            Reason::Fenced(pb::FencedRefusal { worker, generation }) => Self::Fenced {
+                worker: limits::worker(worker, "FencedRefusal.worker")?,
+                generation: limits::generation(generation, "FencedRefusal.generation")?,
+            },
         })
     }
 }

@@ -3,13 +3,17 @@
 use super::plan::lanes;
 use super::session::activity;
 use super::variants;
-use crate::error::Malformed;
-use crate::limits::{self, MAX_MEMBERS, MAX_SLICES, below, count, cut, required, text};
-use crate::{pb, pb::logged_event};
-use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics, WorkerStatus};
+use crate::error::{Malformed, Why};
+use crate::limits::{self, MAX_EVENT, MAX_MEMBERS, MAX_SLICES, below, count, cut, text};
+use crate::pb;
+use caravan_types::status::{LoggedEvent, Phase, Snapshot, StepMetrics, WorkerStatus};
 
-variants!(Phase, pb::Phase, phase, [Gathering, Regrouping, Running, Draining, Drained, Finished, Failed]);
-variants!(LossReason, pb::LossReason, loss_reason, [SessionClosed, Silent, Left, Misbehaved]);
+variants!(
+    Phase,
+    pb::Phase,
+    phase,
+    [Gathering, Recovering, Regrouping, Running, Draining, Drained, Finished, Failed]
+);
 
 impl From<Phase> for pb::DrainReply {
     fn from(phase: Phase) -> Self {
@@ -130,13 +134,17 @@ impl TryFrom<pb::WorkerStatus> for WorkerStatus {
 }
 
 impl From<LoggedEvent> for pb::LoggedEvent {
+    #[expect(
+        clippy::expect_used,
+        reason = "only maps and hand-written serialisers fail; an event has neither"
+    )]
     fn from(logged: LoggedEvent) -> Self {
         Self {
             number: logged.number,
             unix_ms: logged.unix_ms,
             step: logged.step.0,
             text: cut(logged.text),
-            event: Some(logged.event.into()),
+            event: serde_json::to_vec(&logged.event).expect("an event is plain data"),
         }
     }
 }
@@ -145,106 +153,15 @@ impl TryFrom<pb::LoggedEvent> for LoggedEvent {
     type Error = Malformed;
 
     fn try_from(logged: pb::LoggedEvent) -> Result<Self, Malformed> {
+        count(&logged.event, MAX_EVENT, "LoggedEvent.event")?;
+        let event = serde_json::from_slice(&logged.event)
+            .map_err(|error| Why::Unreadable(error.to_string()).at("LoggedEvent.event"))?;
         Ok(Self {
             number: logged.number,
             unix_ms: logged.unix_ms,
             step: limits::step(logged.step, "LoggedEvent.step")?,
             text: text(logged.text, "LoggedEvent.text")?,
-            event: required(logged.event, "LoggedEvent.event")?.try_into()?,
-        })
-    }
-}
-
-impl From<Event> for logged_event::Event {
-    fn from(event: Event) -> Self {
-        match event {
-            Event::Joined { worker, name } => {
-                Self::Joined(pb::WorkerJoined { worker: worker.0, name: cut(name) })
-            }
-            Event::Refused { name, reason } => {
-                Self::Refused(pb::WorkerRefused { name: cut(name), reason: Some(reason.into()) })
-            }
-            Event::Lost { worker, reason } => {
-                Self::Lost(pb::WorkerLost { worker: worker.0, reason: pb::LossReason::from(reason).into() })
-            }
-            Event::Stopping { generation, boundary } => {
-                Self::Stopping(pb::Stop { generation: generation.0, boundary })
-            }
-            Event::Planned { generation, base, members, moved } => Self::Planned(pb::Planned {
-                generation: generation.0,
-                base: base.0,
-                members: members.into_iter().map(|worker| worker.0).collect(),
-                moved,
-            }),
-            Event::RolledBack { from, to } => Self::RolledBack(pb::RolledBack { from: from.0, to: to.0 }),
-            Event::CheckpointWritten { step } => Self::CheckpointWritten(pb::AtStep { step: step.0 }),
-            Event::CheckpointFailed { step, reason } => {
-                Self::CheckpointFailed(pb::CheckpointFailed { step: step.0, reason: cut(reason) })
-            }
-            Event::CheckpointRefused { name, reason } => {
-                Self::CheckpointRefused(pb::CheckpointRefused { name: cut(name), reason: cut(reason) })
-            }
-            Event::Diverged { step, worker } => {
-                Self::Diverged(pb::WorkerDiverged { step: step.0, worker: worker.0 })
-            }
-            Event::Draining => Self::Draining(pb::DrainAsked {}),
-            Event::Drained { step } => Self::Drained(pb::AtStep { step: step.0 }),
-            Event::Finished { step } => Self::Finished(pb::AtStep { step: step.0 }),
-            Event::Failed { reason } => Self::Failed(pb::RunFailed { reason: cut(reason) }),
-        }
-    }
-}
-
-impl TryFrom<logged_event::Event> for Event {
-    type Error = Malformed;
-
-    fn try_from(event: logged_event::Event) -> Result<Self, Malformed> {
-        use logged_event::Event as Wire;
-        let at_step = |at: pb::AtStep| limits::step(at.step, "AtStep.step");
-        Ok(match event {
-            Wire::Joined(joined) => Self::Joined {
-                worker: limits::worker(joined.worker, "WorkerJoined.worker")?,
-                name: text(joined.name, "WorkerJoined.name")?,
-            },
-            Wire::Refused(refused) => Self::Refused {
-                name: text(refused.name, "WorkerRefused.name")?,
-                reason: required(refused.reason, "WorkerRefused.reason")?.try_into()?,
-            },
-            Wire::Lost(lost) => Self::Lost {
-                worker: limits::worker(lost.worker, "WorkerLost.worker")?,
-                reason: loss_reason(lost.reason, "WorkerLost.reason")?,
-            },
-            Wire::Stopping(stop) => Self::Stopping {
-                generation: limits::generation(stop.generation, "Stop.generation")?,
-                boundary: stop.boundary,
-            },
-            Wire::Planned(planned) => Self::Planned {
-                generation: limits::generation(planned.generation, "Planned.generation")?,
-                base: limits::step(planned.base, "Planned.base")?,
-                members: limits::workers(planned.members, "Planned.members")?,
-                moved: planned.moved,
-            },
-            Wire::RolledBack(back) => Self::RolledBack {
-                from: limits::step(back.from, "RolledBack.from")?,
-                to: limits::step(back.to, "RolledBack.to")?,
-            },
-            Wire::CheckpointWritten(at) => Self::CheckpointWritten { step: at_step(at)? },
-            Wire::CheckpointFailed(failed) => Self::CheckpointFailed {
-                step: limits::step(failed.step, "CheckpointFailed.step")?,
-                reason: text(failed.reason, "CheckpointFailed.reason")?,
-            },
-            Wire::CheckpointRefused(refused) => Self::CheckpointRefused {
-                name: text(refused.name, "CheckpointRefused.name")?,
-                reason: text(refused.reason, "CheckpointRefused.reason")?,
-            },
-            Wire::Diverged(diverged) => Self::Diverged {
-                step: limits::step(diverged.step, "WorkerDiverged.step")?,
-                worker: limits::worker(diverged.worker, "WorkerDiverged.worker")?,
-            },
-            Wire::Draining(pb::DrainAsked {}) => Self::Draining,
-            Wire::Drained(at) => Self::Drained { step: at_step(at)? },
-            Wire::Finished(at) => Self::Finished { step: at_step(at)? },
-            Wire::Failed(failed) => Self::Failed { reason: text(failed.reason, "RunFailed.reason")? },
+            event,
         })
     }
 }

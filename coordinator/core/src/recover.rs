@@ -1,0 +1,54 @@
+//! What a restarted coordinator does first: it waits for the members of the plan in force.
+//!
+//! They go on stepping meanwhile, since stepping needs no coordinator. Each one comes back with
+//! the id that it had. With all of them back nothing has changed, and nothing is changed. A
+//! member that is not back within the failure budget, or that others have lost, is dead: the
+//! rest is regrouped once, as after any death.
+
+use crate::{Core, Millis, Output, Session};
+use caravan_types::WorkerId;
+use caravan_types::message::Hello;
+use caravan_types::status::{Event, LossReason, Phase};
+
+impl Core {
+    /// A member is back.
+    pub(crate) fn reattach(
+        &mut self,
+        now: Millis,
+        session: Session,
+        worker: WorkerId,
+        hello: Hello,
+        out: &mut Vec<Output>,
+    ) {
+        self.awaited.remove(&worker);
+        out.push(Output::Welcome { session, worker, committed: self.step() });
+        out.push(Output::Note(Event::Reattached { worker, name: hello.name.clone() }));
+        self.members.add(worker, session, hello, now);
+        self.recover(now, false, out);
+    }
+
+    /// Goes on where nobody is waited for any more: because all are back, because those who are
+    /// not were lost by others, or because time is up.
+    pub(crate) fn recover(&mut self, now: Millis, late: bool, out: &mut Vec<Output>) {
+        if !late && !self.awaited.is_subset(&self.missed) {
+            return;
+        }
+        for worker in std::mem::take(&mut self.awaited) {
+            out.push(Output::Note(Event::Lost { worker, reason: LossReason::NotBack }));
+        }
+        self.missed.clear();
+        self.deadline = None;
+        let Some(plan) = &self.plan else { return };
+        // Where a newer generation was announced, members may have promised to stop.
+        let whole = plan.members.iter().all(|m| self.members.has(m.worker));
+        if whole && plan.generation == self.generation {
+            self.phase = Phase::Running;
+            out.push(Output::Note(Event::Recovered { generation: self.generation }));
+            self.consider(now, out);
+        } else if self.members.is_empty() {
+            self.empty(out);
+        } else {
+            self.stop(now, false, out);
+        }
+    }
+}
