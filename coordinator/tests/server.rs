@@ -12,6 +12,7 @@ use caravan_coordinator::{BadSetting, CoordinatorError, Options, Running, Update
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, PROTOCOL_VERSION, Refusal, Report, ToWorker, Welcome,
 };
+use caravan_types::progress::{EngineProgress, Wait};
 use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics};
 use caravan_types::*;
 use caravan_wire::{CoordinatorClient, Down, Timeouts, Up, connect, pb};
@@ -206,7 +207,12 @@ async fn a_worker_joins_steps_and_is_seen_in_every_way() {
     for step in 1..=3 {
         worker.commit(plan.generation, step).await;
     }
-    let heartbeat = FromWorker::Heartbeat { applied: Step(3), activity: Activity::Computing };
+    let heartbeat = FromWorker::Heartbeat {
+        applied: Step(3),
+        activity: Activity::Computing,
+        wait: Wait::Engine,
+        engine: EngineProgress::default(),
+    };
     worker.say(heartbeat).await;
     committed(&running, 3).await;
 

@@ -10,7 +10,7 @@ use crate::fabric::{self, Fabric};
 use crate::session::{Said, Session};
 use crate::signals::Signals;
 use crate::trace::Trace;
-use caravan_types::message::Farewell;
+use caravan_types::message::{Farewell, FromWorker};
 use caravan_types::peer::PeerMessage;
 use caravan_types::{RunSpec, WorkerId};
 use caravan_worker_core::{Core, Input, Millis, Output};
@@ -84,6 +84,10 @@ impl Driver {
 
     fn execute(&mut self, output: Output, payload: &mut Payload) -> Result<Option<Farewell>, WorkerError> {
         match output {
+            Output::Tell(FromWorker::Heartbeat { applied, activity, wait, .. }) => {
+                let engine = self.engine.progress();
+                self.session.tell(FromWorker::Heartbeat { applied, activity, wait, engine });
+            }
             Output::Tell(message) => self.session.tell(message),
             Output::Fence(generation) => {
                 self.engine.fence(generation);

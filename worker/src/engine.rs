@@ -10,12 +10,13 @@
 mod saver;
 
 use crate::fabric::Link;
+use caravan_engine::Watch;
 use caravan_types::peer::{Key, PeerMessage};
+use caravan_types::progress::{Doing, EngineProgress, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{BatchShape, Generation, SliceTable};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fmt, io, thread};
 use tokio::sync::mpsc;
 use tracing::{Span, info_span};
@@ -111,35 +112,40 @@ struct Queued {
 #[derive(Clone, Debug)]
 pub struct Engine {
     jobs: mpsc::Sender<Queued>,
-    fence: Arc<AtomicU64>,
+    watch: Arc<Watch>,
 }
 
 impl Engine {
     /// Starts the thread. `build` runs on it, so that a worker that is still opening its
     /// data already answers the coordinator; it is given what the machine is to save with.
-    /// `save` writes a part of a checkpoint, on a thread of its own. `fence` is what the
-    /// machine watches to give up a computation.
+    /// `save` writes a part of a checkpoint, on a thread of its own. `watch` is what the
+    /// machine looks at to give up a computation, and where it notes how far it is.
     ///
     /// # Errors
     /// Where the system gives no more threads.
     pub fn start<M: Machine + 'static>(
         build: impl FnOnce(Saver) -> Result<M, Fault> + Send + 'static,
         save: Save,
-        fence: Arc<AtomicU64>,
+        watch: Arc<Watch>,
         frames_of_two_steps: usize,
     ) -> io::Result<(Self, mpsc::Receiver<Report>)> {
         let (jobs, queue) = mpsc::channel(frames_of_two_steps.saturating_mul(MOST_PEERS));
         let (reports, inbox) = mpsc::channel(REPORTS);
         let saver = Saver::start(save, reports.clone())?;
         let reports_of_thread = reports.clone();
-        let actor = Actor { queue, reports, fence: Arc::clone(&fence) };
+        let actor = Actor { queue, reports, watch: Arc::clone(&watch) };
         guarded("engine", reports_of_thread, move || actor.main(|| build(saver)))?;
-        Ok((Self { jobs, fence }, inbox))
+        Ok((Self { jobs, watch }, inbox))
     }
 
     /// From now on, gives up what belongs to older generations.
     pub fn fence(&self, generation: Generation) {
-        self.fence.fetch_max(generation.0, Ordering::SeqCst);
+        self.watch.raise(generation);
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> EngineProgress {
+        self.watch.progress()
     }
 
     /// Does a task after everything asked for so far.
@@ -180,7 +186,7 @@ impl Engine {
 struct Actor {
     queue: mpsc::Receiver<Queued>,
     reports: mpsc::Sender<Report>,
-    fence: Arc<AtomicU64>,
+    watch: Arc<Watch>,
 }
 
 impl Actor {
@@ -193,6 +199,7 @@ impl Actor {
         while let Some(Queued { job, parent }) = self.queue.blocking_recv() {
             let _entered = phase(&parent, &job).entered();
             let doing = job.to_string();
+            self.watch.begin(kind(&job));
             let done = match self.work(&mut machine, job) {
                 Ok(done) => done,
                 Err(fault) => return self.fail(doing, fault),
@@ -208,7 +215,7 @@ impl Actor {
             Job::Run(task) => machine.run(task),
             Job::Put(key, payload) => machine.put(key, payload).map(|()| None),
             // What a computation that was given up should have left is not there to be sent.
-            Job::Send(_, link) if self.fence.load(Ordering::SeqCst) > link.generation().0 => Ok(None),
+            Job::Send(_, link) if self.watch.is_fenced(link.generation()) => Ok(None),
             Job::Send(key, link) => {
                 link.send(PeerMessage::Data(key), machine.get(key)?);
                 Ok(None)
@@ -242,6 +249,19 @@ fn guarded(
         }
     })?;
     Ok(())
+}
+
+/// What a job is, for those who wonder why it takes so long.
+fn kind(job: &Job) -> Doing {
+    match job {
+        Job::Run(Task::Forward { micro, .. }) => Doing::Forward(Place { micro: *micro, unit: 0 }),
+        Job::Run(Task::Backward { micro, .. }) => Doing::Backward(Place { micro: *micro, unit: 0 }),
+        Job::Run(Task::Reduce { .. }) => Doing::Reducing,
+        Job::Run(Task::Apply { .. }) => Doing::Applying,
+        Job::Run(Task::Save { .. }) => Doing::Saving,
+        Job::Run(Task::Load { .. } | Task::Init { .. }) => Doing::Loading,
+        _ => Doing::Moving,
+    }
 }
 
 /// The phase of a step that a job is part of, as a span.

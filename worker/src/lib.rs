@@ -81,9 +81,9 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
     let slices = SliceTable::new(&spec.model);
     let (engine, reports) = {
         let frames = frames_of_two_steps(&slices, &spec.batch);
-        let (fence, threads) = (Arc::default(), options.threads);
-        let build = machine::builder(&welcome, threads, Arc::clone(&fence));
-        Engine::start(build, machine::writer(&welcome), fence, frames).map_err(WorkerError::Start)?
+        let (watch, threads) = (Arc::default(), options.threads);
+        let build = machine::builder(&welcome, threads, Arc::clone(&watch));
+        Engine::start(build, machine::writer(&welcome), watch, frames).map_err(WorkerError::Start)?
     };
     let fabric = Fabric::start(listener, settings(&welcome, slices));
     let driver = Driver {

@@ -3,14 +3,13 @@
 use crate::engine::{Fault, Machine, Save, Saver};
 use caravan_checkpoint::{Checkpoint, write_part};
 use caravan_data::{Dataset, Sampler};
-use caravan_engine::{Batches, Checkpoints, Executor};
+use caravan_engine::{Batches, Checkpoints, Executor, Watch};
 use caravan_types::message::Welcome;
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
 use caravan_types::{DataSpec, Generation, Lane, MicroBatch, RunSpec, SliceId, SliceSet, Step};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 /// The data that was found is not the run's.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +36,7 @@ struct OtherRun {
 pub fn builder(
     welcome: &Welcome,
     threads: usize,
-    fence: Arc<AtomicU64>,
+    watch: Arc<Watch>,
 ) -> impl FnOnce(Saver) -> Result<Device, Fault> + Send + use<> {
     let (spec, data) = (welcome.spec.clone(), PathBuf::from(&welcome.data));
     let root = PathBuf::from(&welcome.checkpoints);
@@ -49,7 +48,7 @@ pub fn builder(
         }
         let batches = Sampled(Sampler::new(Arc::new(dataset), spec.seed, spec.batch)?);
         let checkpoints = Folder { root, saver, spec: spec.clone(), open: None };
-        Ok(Executor::new(&spec, threads, fence, batches, checkpoints)?)
+        Ok(Executor::new(&spec, threads, watch, batches, checkpoints)?)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The coordinator's state and its transitions.
 
-use crate::members::Members;
+use crate::hang::{self, Culprit};
+use crate::members::{Members, Worker};
 use crate::planner::{self, Candidate};
 use crate::regroup::{self, Agreement};
 use crate::saves::Saves;
@@ -8,6 +9,7 @@ use crate::{Config, Input, Millis, Output, Record, Restored, Session};
 use caravan_types::message::{
     Committed, Farewell, FromWorker, Hello, PROTOCOL_VERSION, Refusal, Report, ToWorker,
 };
+use caravan_types::progress::Doing;
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
 use caravan_types::task::SavedPart;
 use caravan_types::{Generation, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
@@ -16,6 +18,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// A worker that others lost this often without a step in between is cut out: the fault is
 /// more likely on its side of the network, and trying again has not helped twice.
 const MOST_SUSPICIONS: u32 = 3;
+
+/// Reading from a disk may take this many times the failure budget: minutes by default.
+const SLOWEST_DISK: u64 = 60;
 
 /// Owners of one slice that differ this often without a step in between do not differ by
 /// chance; going on would write bad weights.
@@ -201,9 +206,9 @@ impl Core {
         let Some(known) = self.members.get_mut(worker) else { return };
         known.heard = now;
         match message {
-            FromWorker::Heartbeat { applied, activity } => {
-                known.applied = applied;
-                known.activity = activity;
+            FromWorker::Heartbeat { applied, activity, wait, engine } => {
+                self.members.beat(worker, now, (applied, activity, wait, engine));
+                self.look_for_hang(now, out);
             }
             FromWorker::Report(report) => self.report(now, worker, report, out),
             FromWorker::Committed(committed) => self.commit(now, worker, committed, out),
@@ -271,6 +276,33 @@ impl Core {
             return self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out);
         }
         self.stop(now, false, out);
+    }
+
+    /// Where members of the plan stand still for longer than the failure budget, the first cause
+    /// is cut out. They tell of it themselves, so this is looked at whenever one of them speaks.
+    fn look_for_hang(&mut self, now: Millis, out: &mut Vec<Output>) {
+        let stepping = match self.phase {
+            Phase::Running => true,
+            Phase::Regrouping => self.boundary,
+            _ => false,
+        };
+        let Some(plan) = self.plan.as_ref().filter(|_| stepping) else { return };
+        let detect = self.config.detect_ms;
+        // Opening data and reading a checkpoint are one task each, and as slow as a disk may be.
+        let budget = |w: &Worker| match w.engine.doing {
+            Doing::Nothing | Doing::Loading => SLOWEST_DISK * detect,
+            _ => detect,
+        };
+        let still = |w: &Worker| now >= w.moved + budget(w);
+        let all: BTreeMap<WorkerId, &Worker> = self.members.iter().filter(|(id, _)| plan.has(*id)).collect();
+        if !all.values().any(|w| still(w)) {
+            return;
+        }
+        let Some(Culprit { worker, waiting }) = hang::culprit(&all, still) else { return };
+        let Worker { moved, wait, engine, .. } = all[&worker];
+        let (still_ms, doing, wait) = (now - moved, engine.doing, *wait);
+        out.push(Output::Note(Event::Hung { worker, still_ms, doing, wait, waiting }));
+        self.lose(now, worker, LossReason::Hung, out);
     }
 
     fn tick(&mut self, now: Millis, out: &mut Vec<Output>) {
@@ -414,6 +446,7 @@ impl Core {
         }
         self.plan = Some(plan);
         self.phase = Phase::Running;
+        self.members.start_moving(now);
     }
 
     /// Who can be in the next plan. A leaver stays one more generation where the others lack
@@ -437,6 +470,7 @@ impl Core {
     fn commit(&mut self, now: Millis, worker: WorkerId, committed: Committed, out: &mut Vec<Output>) {
         if let Some(known) = self.members.get_mut(worker) {
             known.applied = known.applied.max(committed.step);
+            known.moved = now;
         }
         let Some(plan) = &self.plan else { return };
         let newest = self.committed.as_ref().map_or(plan.base, |c| c.step.max(plan.base));

@@ -12,10 +12,11 @@
 //! 5. Sessions are numbered once; after [`Input::Closed`] a session says nothing more.
 //!
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
-//! survivors' reports add up to; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
+//! survivors' reports add up to; `hang` finds who stands still; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
 //! `saves` watches checkpoints being written.
 
 mod core;
+mod hang;
 mod members;
 mod owners;
 mod planner;

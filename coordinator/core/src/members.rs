@@ -2,6 +2,7 @@
 
 use crate::{Millis, Session};
 use caravan_types::message::{Activity, Hello, Report};
+use caravan_types::progress::{EngineProgress, Wait};
 use caravan_types::{Generation, Member, Step, WorkerId};
 use std::collections::BTreeMap;
 
@@ -15,6 +16,10 @@ pub(crate) struct Worker {
     pub(crate) heard: Millis,
     pub(crate) applied: Step,
     pub(crate) activity: Activity,
+    pub(crate) wait: Wait,
+    pub(crate) engine: EngineProgress,
+    /// When anything of it last moved: its engine, its step, or what it waits for.
+    pub(crate) moved: Millis,
     /// It asked to leave.
     pub(crate) leaving: bool,
     /// How often others lost their connection to it since a step was last committed.
@@ -22,6 +27,9 @@ pub(crate) struct Worker {
     /// Its answer to the stop of this generation.
     pub(crate) report: Option<Report>,
 }
+
+/// What a heartbeat says.
+pub(crate) type Beat = (Step, Activity, Wait, EngineProgress);
 
 /// All workers, by id.
 #[derive(Clone, Debug, Default)]
@@ -38,11 +46,30 @@ impl Members {
             heard: now,
             applied: Step(0),
             activity: Activity::Waiting,
+            wait: Wait::default(),
+            engine: EngineProgress::default(),
+            moved: now,
             leaving: false,
             suspected: 0,
             report: None,
         };
         self.workers.insert(id, worker);
+    }
+
+    /// A worker says how far it is.
+    pub(crate) fn beat(&mut self, id: WorkerId, now: Millis, beat: Beat) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let (applied, activity, wait, engine) = beat;
+        let before = (worker.applied, worker.wait, worker.engine.moved);
+        if before != (applied, wait, engine.moved) {
+            worker.moved = now;
+        }
+        (worker.applied, worker.activity, worker.wait, worker.engine) = (applied, activity, wait, engine);
+    }
+
+    /// From now on it counts whether they move.
+    pub(crate) fn start_moving(&mut self, now: Millis) {
+        self.workers.values_mut().for_each(|w| w.moved = now);
     }
 
     pub(crate) fn remove(&mut self, id: WorkerId) -> bool {

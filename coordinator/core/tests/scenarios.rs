@@ -7,9 +7,10 @@
 
 use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
 use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VERSION, Report, ToWorker};
+use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::{
-    Digest, Generation, Member, ModelShape, Plan, SliceId, SliceSet, Source, Step, WorkerId,
+    Digest, Generation, Member, MicroId, ModelShape, Plan, SliceId, SliceSet, Source, Step, WorkerId,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -187,7 +188,22 @@ fn message(words: &Words<'_>) -> FromWorker {
     let generation = Generation(words.number("g", 0));
     let step = Step(words.number("step", 0));
     match words.first[1] {
-        "beats" => FromWorker::Heartbeat { applied: step, activity: Activity::Computing },
+        "beats" => FromWorker::Heartbeat {
+            applied: step,
+            activity: Activity::Computing,
+            wait: match words.named.get("waits") {
+                None => Wait::Plan,
+                Some(&"engine") => Wait::Engine,
+                Some(w) => {
+                    let peer = WorkerId(w.trim_start_matches('w').parse().unwrap());
+                    Wait::Peer { peer, what: Awaited::Vote(step.next()) }
+                }
+            },
+            engine: EngineProgress {
+                moved: words.number("moved", 0),
+                doing: Doing::Backward(Place { micro: MicroId { lane: 2, index: 0 }, unit: 11 }),
+            },
+        },
         "leaves" => FromWorker::Leaving,
         "lost" => FromWorker::PeerLost { generation, peer: WorkerId(words.id(2)) },
         "diverged" => FromWorker::Diverged { generation, step, slice: SliceId(0) },

@@ -6,6 +6,7 @@ use crate::journal::tests::spec;
 use crate::store::{State, StoreError};
 use caravan_coordinator_core::Config;
 use caravan_types::message::{Activity, Committed, PROTOCOL_VERSION, Report};
+use caravan_types::progress::{EngineProgress, Wait};
 use caravan_types::status::LossReason;
 use caravan_types::{SliceSet, SliceTable};
 use std::io;
@@ -255,7 +256,12 @@ async fn the_end_is_told_to_everybody_before_it_is_the_end() {
                 b.say(0, report_at(generation, applied)).await;
             }
             Down::Message(ToWorker::Plan(plan)) => {
-                let heartbeat = FromWorker::Heartbeat { applied: Step(0), activity: Activity::Computing };
+                let heartbeat = FromWorker::Heartbeat {
+                    applied: Step(0),
+                    activity: Activity::Computing,
+                    wait: Wait::Engine,
+                    engine: EngineProgress::default(),
+                };
                 b.say(0, heartbeat).await;
                 applied = Step(1);
                 let (generation, step) = (plan.generation, applied);

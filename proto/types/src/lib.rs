@@ -12,6 +12,7 @@ pub mod message;
 pub mod model;
 pub mod peer;
 pub mod plan;
+pub mod progress;
 pub mod recipe;
 pub mod run_spec;
 pub mod slices;

@@ -1,5 +1,6 @@
 //! What a worker and the coordinator say to each other in a session.
 
+use crate::progress::{EngineProgress, Wait};
 use crate::task::SavedPart;
 use crate::{Generation, Plan, RunSpec, SliceId, SliceSet, Step, WorkerId};
 use serde::{Deserialize, Serialize};
@@ -112,6 +113,10 @@ pub enum FromWorker {
         applied: Step,
         /// What it is doing.
         activity: Activity,
+        /// What it needs before it can go on.
+        wait: Wait,
+        /// How far its engine is.
+        engine: EngineProgress,
     },
     /// The answer to [`ToWorker::Stop`], and a promise: nothing more is done in an older
     /// generation.

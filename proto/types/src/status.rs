@@ -1,6 +1,7 @@
 //! What people are shown of a run.
 
 use crate::message::{Activity, Refusal};
+use crate::progress::{Doing, Wait};
 use crate::{Generation, Step, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -72,6 +73,19 @@ pub enum Event {
         name: String,
         /// Why.
         reason: Refusal,
+    },
+    /// A member makes no progress, though others wait for it: it is cut out.
+    Hung {
+        /// The first member that stands still.
+        worker: WorkerId,
+        /// For how long.
+        still_ms: u64,
+        /// What its engine is at.
+        doing: Doing,
+        /// What it waits for itself.
+        wait: Wait,
+        /// A member that waits for it.
+        waiting: Option<WorkerId>,
     },
     /// A worker is gone.
     Lost {
@@ -164,6 +178,8 @@ pub enum LossReason {
     Misbehaved,
     /// It did not come back after the coordinator was restarted.
     NotBack,
+    /// It was alive and made no progress for longer than the failure budget.
+    Hung,
 }
 
 impl fmt::Display for LossReason {
@@ -173,6 +189,7 @@ impl fmt::Display for LossReason {
             Self::Silent => "it was silent for longer than the failure budget",
             Self::Left => "it asked to leave",
             Self::Misbehaved => "it broke the protocol",
+            Self::Hung => "it made no progress for longer than the failure budget",
             Self::NotBack => "it did not come back to the restarted coordinator",
         })
     }
@@ -188,6 +205,16 @@ impl fmt::Display for Event {
             }
             Self::Refused { name, reason } => write!(f, "{name} was refused: {reason}"),
             Self::Lost { worker, reason } => write!(f, "{worker} is gone: {reason}"),
+            Self::Hung { worker, still_ms, doing, wait, waiting } => {
+                if let Some(waiting) = waiting {
+                    write!(f, "{waiting} waits for {worker}: ")?;
+                }
+                write!(f, "{worker} last moved {:.1} s ago {doing}", *still_ms as f64 / 1e3)?;
+                match wait {
+                    Wait::Peer { peer, what } => write!(f, "; it waits for {peer}: {what}"),
+                    Wait::Engine | Wait::Plan => Ok(()),
+                }
+            }
             Self::Stopping { generation, boundary: true } => {
                 write!(f, "stopping after this step for {generation}")
             }

@@ -5,6 +5,7 @@ use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, ToWorker, Welcome,
 };
 use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared};
+use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics, WorkerStatus};
 use caravan_types::task::SavedPart;
@@ -142,7 +143,12 @@ fn saved_part() -> impl Strategy<Value = SavedPart> {
 
 pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
     prop_oneof![
-        (step(), activity()).prop_map(|(applied, activity)| FromWorker::Heartbeat { applied, activity }),
+        (step(), activity(), wait(), any::<u64>(), doing()).prop_map(
+            |(applied, activity, wait, moved, doing)| {
+                let engine = EngineProgress { moved, doing };
+                FromWorker::Heartbeat { applied, activity, wait, engine }
+            }
+        ),
         report().prop_map(FromWorker::Report),
         (generation(), step(), real(), real(), any::<(u64, u64)>()).prop_map(
             |(generation, step, loss, norm, (tokens, took_ms))| {
@@ -267,11 +273,20 @@ pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
 
 fn event() -> impl Strategy<Value = Event> {
     use LossReason::*;
-    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack]);
+    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
         (worker(), text()).prop_map(|(worker, name)| Event::Reattached { worker, name }),
         generation().prop_map(|generation| Event::Recovered { generation }),
+        (worker(), doing(), option::of(worker()), any::<u64>()).prop_map(
+            |(worker, doing, waiting, still_ms)| Event::Hung {
+                worker,
+                doing,
+                waiting,
+                still_ms,
+                wait: Wait::Plan
+            }
+        ),
         (text(), refusal()).prop_map(|(name, reason)| Event::Refused { name, reason }),
         (worker(), reason).prop_map(|(worker, reason)| Event::Lost { worker, reason }),
         (generation(), any::<bool>())
@@ -298,6 +313,22 @@ pub(crate) fn logged_event() -> impl Strategy<Value = LoggedEvent> {
 
 fn node() -> impl Strategy<Value = Node> {
     (0..=20u8).prop_flat_map(|level| (0..MAX_LANES >> level).prop_map(move |index| Node { level, index }))
+}
+
+fn wait() -> impl Strategy<Value = Wait> {
+    let key = (step(), micro()).prop_map(|(step, micro)| Awaited::Data(Key::Activation { step, micro }));
+    let what = key.boxed().prop_union(step().prop_map(Awaited::Vote).boxed());
+    let peer = (worker(), what).prop_map(|(peer, what)| Wait::Peer { peer, what });
+    prop_oneof![Just(Wait::Plan), Just(Wait::Engine), peer]
+}
+
+fn doing() -> impl Strategy<Value = Doing> {
+    let place = || (micro(), any::<u32>()).prop_map(|(micro, unit)| Place { micro, unit });
+    prop_oneof![
+        prop::sample::select(vec![Doing::Nothing, Doing::Moving, Doing::Reducing, Doing::Loading]),
+        place().prop_map(Doing::Forward),
+        place().prop_map(Doing::Backward),
+    ]
 }
 
 fn micro() -> impl Strategy<Value = MicroId> {

@@ -8,6 +8,7 @@ use crate::schedule::Schedule;
 use crate::{Config, Input, Millis, Output};
 use caravan_types::message::{Activity, FromWorker, Report, ToWorker};
 use caravan_types::peer::{Key, PeerMessage, Prepared};
+use caravan_types::progress::EngineProgress;
 use caravan_types::task::Task;
 use caravan_types::{Generation, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, WorkerId};
 
@@ -97,8 +98,9 @@ impl Core {
         }
         if now >= self.beat {
             self.beat = now + (self.config.detect_ms / HEARTBEATS).max(1);
-            let (applied, activity) = (self.applied, self.activity());
-            out.push(Output::Tell(FromWorker::Heartbeat { applied, activity }));
+            let (applied, activity, wait) = (self.applied, self.activity(), self.wait());
+            let engine = EngineProgress::default();
+            out.push(Output::Tell(FromWorker::Heartbeat { applied, activity, wait, engine }));
         }
     }
 

@@ -23,6 +23,15 @@ impl Heal {
         self.missing.is_empty()
     }
 
+    /// The first piece that a peer still owes, and who does.
+    pub(crate) fn first(&self, step: Step) -> Option<(WorkerId, Key)> {
+        self.missing.iter().find_map(|(&(slice, part), from)| match (from, part) {
+            (Source::Peer(peer), Part::Weights) => Some((*peer, Key::Weights { step, slice })),
+            (Source::Peer(peer), Part::State) => Some((*peer, Key::State { step, slice })),
+            (Source::Checkpoint | Source::Init, _) => None,
+        })
+    }
+
     /// A peer brings a piece: which one it is, if it is one that is missed from that peer.
     /// A piece of another step is not the piece that is missed.
     pub(crate) fn arrives(&mut self, from: WorkerId, key: Key, base: Step) -> Option<(SliceId, Part)> {

@@ -24,6 +24,7 @@ mod part;
 mod round;
 mod schedule;
 mod step;
+mod wait;
 
 pub use crate::core::Core;
 
@@ -90,7 +91,7 @@ pub enum Input {
 /// What the driver is told to do.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
-    /// Tell the coordinator.
+    /// Tell the coordinator. The engine's progress in a heartbeat is the driver's to put in.
     Tell(FromWorker),
     /// Give up computing and close the connections of generations below this one.
     Fence(Generation),

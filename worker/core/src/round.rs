@@ -69,6 +69,17 @@ impl Inbox {
         true
     }
 
+    /// Whether a member has voted for a step.
+    pub(crate) fn has_vote(&self, step: Step, member: WorkerId) -> bool {
+        self.votes.get(&step).is_some_and(|votes| votes.contains_key(&member))
+    }
+
+    /// Whether a partial sum has come in.
+    pub(crate) fn has_partial(&self, step: Step, slice: SliceId, node: Node) -> bool {
+        let of_slice = self.partials.get(&step).and_then(|s| s.get(&slice));
+        of_slice.is_some_and(|nodes| nodes.contains(&node))
+    }
+
     /// The votes for a step, if there are `members` of them.
     pub(crate) fn unanimous(&self, step: Step, members: usize) -> Option<&BTreeMap<WorkerId, Prepared>> {
         self.votes.get(&step).filter(|votes| votes.len() == members)

@@ -4,7 +4,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
-use caravan_engine::{Batches, Checkpoints, Executor};
+use caravan_engine::{Batches, Checkpoints, Executor, Watch};
 use caravan_kernels::Family;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
@@ -13,7 +13,6 @@ use caravan_types::{
 };
 use std::error::Error;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 /// Random tokens, one document a sequence, everything counted.
@@ -85,7 +84,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         model: model.clone(),
     };
     let source = Random { sequences, length, vocab: model.vocab };
-    let mut engine = Executor::new(&spec, threads, Arc::new(AtomicU64::new(0)), source, Nowhere)?;
+    let mut engine = Executor::new(&spec, threads, Arc::<Watch>::default(), source, Nowhere)?;
     let slices = SliceSet::all(SliceTable::new(&model).len());
     let start = Instant::now();
     engine.run(Task::Place { units: 0..model.units() })?;

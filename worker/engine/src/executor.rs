@@ -2,16 +2,17 @@
 //!
 //! The caller's duties: one executor has one caller; tasks come in the order in which the
 //! worker's core emitted them; after an error the executor is not used again. The fence is
-//! the one thing shared: once it is above a task's generation, computing for that generation
-//! stops at the next layer, and nothing of it stays behind.
+//! shared with the caller ([`Watch`]): once it is above a task's generation, computing for that
+//! generation stops at the next layer, and nothing of it stays behind.
 
 use crate::gradients::Gradients;
 use crate::model::Flight;
 use crate::state::State;
-use crate::{EngineError, Model};
+use crate::{EngineError, Model, Watch};
 use caravan_kernels::adamw::Update;
 use caravan_kernels::{Cpu, Family, squared_norm};
 use caravan_types::peer::{Key, LaneResult};
+use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
     BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Recipe, RunSpec, SliceId, SliceSet, Step,
@@ -19,7 +20,6 @@ use caravan_types::{
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Where micro-batches come from. Both answers are pure functions of the run spec and data.
 pub trait Batches {
@@ -55,7 +55,7 @@ pub struct Executor<B, C> {
     cpu: Cpu,
     batch: BatchShape,
     recipe: Recipe,
-    fence: Arc<AtomicU64>,
+    watch: Arc<Watch>,
     batches: B,
     checkpoints: C,
     model: Model<f32>,
@@ -80,7 +80,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
     pub fn new(
         spec: &RunSpec,
         threads: usize,
-        fence: Arc<AtomicU64>,
+        watch: Arc<Watch>,
         batches: B,
         checkpoints: C,
     ) -> Result<Self, EngineError> {
@@ -98,7 +98,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             cpu: Cpu::new(threads, family)?,
             batch: spec.batch,
             recipe: spec.recipe.clone(),
-            fence,
+            watch,
             batches,
             checkpoints,
             gradients: Gradients::new(spec.batch.lanes, state.table().len()),
@@ -226,11 +226,14 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
 
     fn forward(&mut self, generation: Generation, step: Step, micro: MicroId) -> Result<(), EngineError> {
         self.check_micro(micro)?;
-        let fence = &self.fence;
-        let stop = || fence.load(Ordering::Acquire) > generation.0;
-        if stop() {
+        let watch = &self.watch;
+        if watch.is_fenced(generation) {
             return Ok(());
         }
+        let stop = |unit| {
+            watch.begin(Doing::Forward(Place { micro, unit }));
+            watch.is_fenced(generation)
+        };
         if self.gradients.start(step) {
             self.flights.clear();
             let counted = self.batches.counted_tokens(step);
@@ -266,11 +269,14 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         micro: MicroId,
     ) -> Result<Option<Done>, EngineError> {
         self.check_micro(micro)?;
-        let fence = &self.fence;
-        let stop = || fence.load(Ordering::Acquire) > generation.0;
-        if stop() {
+        let watch = &self.watch;
+        if watch.is_fenced(generation) {
             return Ok(None);
         }
+        let stop = |unit| {
+            watch.begin(Doing::Backward(Place { micro, unit }));
+            watch.is_fenced(generation)
+        };
         let turn = |reason| EngineError::OutOfTurn { step, micro, reason };
         let flight = self.flights.remove(&micro).ok_or_else(|| turn("it did not go forward"))?;
         let key = Key::ActivationGradient { step, micro };
@@ -319,7 +325,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         step: Step,
         id: SliceId,
     ) -> Result<Option<Done>, EngineError> {
-        if self.fence.load(Ordering::Acquire) > generation.0 {
+        if self.watch.is_fenced(generation) {
             return Ok(None);
         }
         let slice = self.state.slice(id)?;
@@ -340,6 +346,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             scale: recipe.clip_scale(norm),
         };
         for id in slices.iter() {
+            self.watch.begin(Doing::Applying);
             let gradient = self.gradients.last(step, id, self.state.slice(id)?)?;
             self.state.apply(&self.cpu, id, &update, gradient)?;
         }

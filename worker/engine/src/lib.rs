@@ -19,8 +19,10 @@ pub mod layout;
 pub mod model;
 mod random;
 mod state;
+mod watch;
 
 pub use error::EngineError;
 pub use executor::{Batches, Checkpoints, Executor};
 pub use generate::{Generator, Sampling};
 pub use model::Model;
+pub use watch::Watch;

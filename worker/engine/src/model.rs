@@ -24,6 +24,10 @@ use std::ops::Range;
 /// cache. Gradients of the head are summed chunk by chunk: changing it changes bits.
 const LOGITS: usize = 1 << 23;
 
+/// Asked before every layer, and before every chunk of the head, with the unit's number: whether
+/// to stop there.
+pub type Stop<'a> = dyn Fn(u32) -> bool + Sync + 'a;
+
 /// What one layer keeps for its backward pass; a row per token.
 #[derive(Debug, Default)]
 struct Kept<R> {
@@ -160,7 +164,7 @@ impl<R: Real> Model<R> {
         gradient: &mut [R],
         batch: &MicroBatch,
         scale: f64,
-        stop: &(dyn Fn() -> bool + Sync),
+        stop: &Stop<'_>,
     ) -> Result<Option<f64>, String> {
         let (weights, mut gradient) = (self.layout.split(weights), self.layout.split_mut(gradient));
         let Some(flight) = self.forward(cpu, &weights, batch.clone(), None, stop)? else { return Ok(None) };
@@ -173,7 +177,7 @@ impl<R: Real> Model<R> {
     /// Where the micro-batch does not fit the model: the reason.
     pub fn logits(&mut self, cpu: &Cpu, weights: &[R], batch: &MicroBatch) -> Result<Vec<R>, String> {
         let weights = self.layout.split(weights);
-        let flight = self.forward(cpu, &weights, batch.clone(), None, &|| false)?.unwrap_or_default();
+        let flight = self.forward(cpu, &weights, batch.clone(), None, &|_| false)?.unwrap_or_default();
         let n = batch.tokens.len();
         let mut logits = vec![R::ZERO; n * self.layout.vocab];
         let last = weights[self.layout.layers + 1];
@@ -197,7 +201,7 @@ impl<R: Real> Model<R> {
         weights: &[&[R]],
         batch: MicroBatch,
         input: Option<&[R]>,
-        stop: &(dyn Fn() -> bool + Sync),
+        stop: &Stop<'_>,
     ) -> Result<Option<Flight<R>>, String> {
         check(&self.layout, &batch)?;
         let (n, dim) = (batch.tokens.len(), self.layout.dim);
@@ -212,7 +216,7 @@ impl<R: Real> Model<R> {
                 None => embedding::forward(cpu, &flight.batch.tokens, weights[0], dim, stream),
             }
             for (i, layer) in self.layers().enumerate() {
-                if stop() {
+                if stop(layer as u32 + 1) {
                     return None;
                 }
                 self.forward_layer(cpu, weights[layer + 1], &mut flight, i);
@@ -244,7 +248,7 @@ impl<R: Real> Model<R> {
         flight: Flight<R>,
         coming: Option<&[R]>,
         scale: f64,
-        stop: &(dyn Fn() -> bool + Sync),
+        stop: &Stop<'_>,
     ) -> Result<Option<f64>, String> {
         self.check_stream(coming, flight.batch.tokens.len(), !self.is_last())?;
         let loss = cpu.install(|| {
@@ -368,7 +372,7 @@ impl<R: Real> Model<R> {
         g: &mut [R],
         flight: &Flight<R>,
         scale: f64,
-        stop: &dyn Fn() -> bool,
+        stop: &Stop<'_>,
     ) -> Option<f64> {
         let Layout { dim, vocab, .. } = self.layout;
         let batch = &flight.batch;
@@ -381,7 +385,7 @@ impl<R: Real> Model<R> {
         let backward = matmul::pack(cpu, head, backward);
         let chunk = chunk_rows(vocab);
         for start in (0..n).step_by(chunk) {
-            if stop() {
+            if stop(self.layout.layers as u32 + 1) {
                 return None;
             }
             let rows = start..(start + chunk).min(n);
@@ -413,10 +417,10 @@ impl<R: Real> Model<R> {
         weights: &[&[R]],
         gradient: &mut [&mut [R]],
         flight: &Flight<R>,
-        stop: &dyn Fn() -> bool,
+        stop: &Stop<'_>,
     ) -> bool {
         for (i, layer) in self.layers().enumerate().rev() {
-            if stop() {
+            if stop(layer as u32 + 1) {
                 return false;
             }
             let (w, g) = (weights[layer + 1], &mut *gradient[layer + 1]);

@@ -3,7 +3,7 @@
 
 mod common;
 
-use caravan_engine::{Checkpoints, EngineError, Executor};
+use caravan_engine::{Checkpoints, EngineError, Executor, Watch};
 use caravan_kernels::Family;
 use caravan_types::lanes::cover;
 use caravan_types::peer::{Key, LaneResult};
@@ -16,7 +16,6 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 type Engine = Executor<Memory, NoCheckpoints>;
 const G: Generation = Generation(3);
@@ -26,7 +25,7 @@ fn run_spec() -> RunSpec {
 }
 
 fn engine(run: &RunSpec, threads: usize) -> Engine {
-    placed(Executor::new(run, threads, Arc::new(AtomicU64::new(G.0)), Memory::of(run), NoCheckpoints), run)
+    placed(Executor::new(run, threads, Arc::default(), Memory::of(run), NoCheckpoints), run)
 }
 
 /// An executor that computes with the whole model.
@@ -279,14 +278,14 @@ fn slices_owned_without_their_unit_keep_their_state_while_units_come_and_go() {
 #[test]
 fn a_fence_above_the_generation_stops_computing_and_nothing_stays() {
     let run = run_spec();
-    let fence = Arc::new(AtomicU64::new(0));
+    let fence = Arc::<Watch>::default();
     let mut source = Memory::of(&run);
     let raise = fence.clone();
     let at = Rc::new(RefCell::new(Some((5, 1))));
     let once = at.clone();
     let make = move |step, lane, index| {
         if *once.borrow() == Some((lane, index)) && step == Step(1) {
-            raise.store(G.0 + 1, Ordering::Release);
+            raise.raise(G.next());
         }
         (source.0)(step, lane, index)
     };

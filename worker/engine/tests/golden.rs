@@ -89,7 +89,7 @@ fn in_f64_the_model_is_pytorchs() {
         for (i, batch) in golden.batches.iter().enumerate() {
             let counted = batch.counted.iter().filter(|c| **c).count() as f64;
             let mut g = vec![0.0; w.len()];
-            let loss = model.gradient(&cpu, &w, &mut g, batch, 1.0 / counted, &|| false).unwrap().unwrap();
+            let loss = model.gradient(&cpu, &w, &mut g, batch, 1.0 / counted, &|_| false).unwrap().unwrap();
             assert!((loss - golden.losses[i]).abs() < 1e-10 * loss, "step {}: {loss}", i + 1);
             if i == 0 {
                 let expected = golden.flat("gradient");

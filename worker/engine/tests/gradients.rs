@@ -12,7 +12,7 @@ fn gradient<R: Real>(cpu: &Cpu, shape: &ModelShape, w: &[R], batch: &MicroBatch)
     let counted = batch.counted.iter().filter(|c| **c).count();
     let mut out = vec![R::ZERO; w.len()];
     let mut model = Model::new(shape).unwrap();
-    let loss = model.gradient(cpu, w, &mut out, batch, 1.0 / counted as f64, &|| false);
+    let loss = model.gradient(cpu, w, &mut out, batch, 1.0 / counted as f64, &|_| false);
     (loss.unwrap().unwrap(), out)
 }
 
@@ -25,7 +25,7 @@ fn compare(cpu: &Cpu, shape: &ModelShape, batch: &MicroBatch, each: u64) {
     let mut scrap = vec![0.0; w.len()];
     let counted = batch.counted.iter().filter(|c| **c).count();
     let mut loss = |w: &[f64]| {
-        model.gradient(cpu, w, &mut scrap, batch, 1.0 / counted as f64, &|| false).unwrap().unwrap()
+        model.gradient(cpu, w, &mut scrap, batch, 1.0 / counted as f64, &|_| false).unwrap().unwrap()
     };
     let mut numbers = Numbers(5);
     for p in shape.all_parameters() {
@@ -107,9 +107,9 @@ fn memory_used_before_does_not_change_bits() {
     let mut model = Model::new(&shape).unwrap();
     let scale = 1.0 / small.counted.iter().filter(|c| **c).count() as f64;
     let mut out = vec![0.0; w.len()];
-    model.gradient(&cpu, &w, &mut out, &large, scale, &|| false).unwrap();
+    model.gradient(&cpu, &w, &mut out, &large, scale, &|_| false).unwrap();
     out.fill(0.0);
-    let loss = model.gradient(&cpu, &w, &mut out, &small, scale, &|| false).unwrap().unwrap();
+    let loss = model.gradient(&cpu, &w, &mut out, &small, scale, &|_| false).unwrap().unwrap();
     assert_eq!((loss, out), fresh);
 }
 

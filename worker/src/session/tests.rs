@@ -4,6 +4,7 @@ use super::*;
 use crate::error::Exit;
 use crate::stub::Stub;
 use caravan_types::message::{Activity, Farewell, PROTOCOL_VERSION, Refusal};
+use caravan_types::progress::{EngineProgress, Wait};
 use caravan_types::{
     BatchShape, DataSpec, Digest, Generation, ModelShape, NumericsClass, Precision, Recipe, RunSpec, Step,
     WorkerId,
@@ -65,7 +66,12 @@ async fn a_worker_that_is_taken_on_talks_and_listens() {
     let (mut session, welcomed) = joined.map_err(|e| e.to_string()).unwrap();
     assert_eq!((heard, welcomed), (hello.clone(), welcome()));
 
-    let beat = FromWorker::Heartbeat { applied: Step(3), activity: Activity::Computing };
+    let beat = FromWorker::Heartbeat {
+        applied: Step(3),
+        activity: Activity::Computing,
+        wait: Wait::Engine,
+        engine: EngineProgress::default(),
+    };
     session.tell(beat.clone());
     assert_eq!(talk.hear().await, Some(Up::Message(beat)));
     let stop = ToWorker::Stop { generation: Generation(2), boundary: true };
@@ -203,7 +209,12 @@ async fn a_session_that_breaks_off_is_opened_again_with_the_same_id() {
         let (back, (mut talk, heard)) = tokio::join!(session.next(), stub.take_on(welcome()));
         assert_eq!(back.unwrap(), Said::Back(Box::new(welcome())));
         assert_eq!(heard.resume, Some(welcome().worker));
-        let beat = FromWorker::Heartbeat { applied: Step(3), activity: Activity::Computing };
+        let beat = FromWorker::Heartbeat {
+            applied: Step(3),
+            activity: Activity::Computing,
+            wait: Wait::Engine,
+            engine: EngineProgress::default(),
+        };
         session.tell(beat.clone());
         assert_eq!(talk.hear().await, Some(Up::Message(beat)), "what was told to nobody is not kept");
     }

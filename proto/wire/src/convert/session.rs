@@ -9,6 +9,7 @@ use crate::{pb, pb::from_worker, pb::to_worker};
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, ToWorker, Welcome,
 };
+use caravan_types::progress::EngineProgress;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::task::SavedPart;
 use caravan_types::{Digest, RunSpec, SliceId};
@@ -31,6 +32,11 @@ impl TryFrom<pb::FromWorker> for Up {
             Message::Heartbeat(beat) => FromWorker::Heartbeat {
                 applied: limits::step(beat.applied, "Heartbeat.applied")?,
                 activity: activity(beat.activity, "Heartbeat.activity")?,
+                wait: from_json(&beat.wait, "Heartbeat.wait")?,
+                engine: EngineProgress {
+                    moved: beat.engine_moved,
+                    doing: from_json(&beat.engine_doing, "Heartbeat.engine_doing")?,
+                },
             },
             Message::Report(report) => FromWorker::Report(report.try_into()?),
             Message::Committed(committed) => FromWorker::Committed(committed.try_into()?),
@@ -52,9 +58,12 @@ impl TryFrom<pb::FromWorker> for Up {
 impl From<FromWorker> for from_worker::Message {
     fn from(message: FromWorker) -> Self {
         match message {
-            FromWorker::Heartbeat { applied, activity } => Self::Heartbeat(pb::Heartbeat {
+            FromWorker::Heartbeat { applied, activity, wait, engine } => Self::Heartbeat(pb::Heartbeat {
                 applied: applied.0,
                 activity: pb::Activity::from(activity).into(),
+                wait: to_json(&wait),
+                engine_moved: engine.moved,
+                engine_doing: to_json(&engine.doing),
             }),
             FromWorker::Report(report) => Self::Report(report.into()),
             FromWorker::Committed(committed) => Self::Committed(committed.into()),
@@ -75,6 +84,19 @@ impl From<FromWorker> for from_worker::Message {
             FromWorker::Leaving => Self::Leaving(pb::Leaving {}),
         }
     }
+}
+
+/// Longest description of a wait or an activity: a dozen numbers with their names.
+const MAX_PROGRESS: usize = 1 << 10;
+
+#[expect(clippy::expect_used, reason = "only maps and hand-written serialisers fail; these have neither")]
+fn to_json(value: &impl serde::Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("plain data")
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(json: &[u8], field: &'static str) -> Result<T, Malformed> {
+    count(json, MAX_PROGRESS, field)?;
+    serde_json::from_slice(json).map_err(|error| Why::Unreadable(error.to_string()).at(field))
 }
 
 impl TryFrom<pb::ToWorker> for Down {

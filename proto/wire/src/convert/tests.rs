@@ -157,7 +157,7 @@ fn members_that_do_not_ascend_are_refused() {
 #[test]
 fn an_unknown_variant_and_one_that_is_not_set_are_refused() {
     for value in [0, 99, -1] {
-        let beat = pb::Heartbeat { applied: 1, activity: value };
+        let beat = pb::Heartbeat { applied: 1, activity: value, ..pb::Heartbeat::default() };
         let up = pb::FromWorker { message: Some(pb::from_worker::Message::Heartbeat(beat)) };
         assert_eq!(Up::try_from(up), Err(Why::UnknownVariant(value).at("Heartbeat.activity")));
     }
