@@ -70,6 +70,8 @@ fn hello(name: &str) -> Hello {
         fabric: "127.0.0.1:1".into(),
         families: vec!["avx512".into(), "portable".into()],
         threads: 1,
+        memory: 0,
+        speed: 1.0,
     }
 }
 

@@ -158,6 +158,8 @@ fn hello(words: &Words<'_>) -> Hello {
         fabric: format!("here:{}", words.id(1)),
         families: vec![(*words.named.get("family").unwrap_or(&"avx512")).into()],
         threads: 1,
+        memory: 0,
+        speed: 1.0,
     }
 }
 

@@ -296,6 +296,8 @@ impl<'a> Cluster<'a> {
             fabric: format!("here:{}", session.0),
             families: vec![FAMILY.into()],
             threads: 1,
+            memory: 0,
+            speed: 1.0,
         };
         self.coordinate(coordinator::Input::Hello { session, hello })
     }

@@ -25,6 +25,8 @@ fn hello() -> Hello {
         fabric: "127.0.0.1:1".into(),
         families: vec!["portable".into()],
         threads: 1,
+        memory: 0,
+        speed: 1.0,
     }
 }
 

@@ -121,8 +121,8 @@ impl From<ToWorker> for to_worker::Message {
 
 impl From<Hello> for pb::Hello {
     fn from(hello: Hello) -> Self {
-        let Hello { protocol, build, name, host, fabric, families, threads } = hello;
-        Self { protocol, build, name, host, fabric, families, threads }
+        let Hello { protocol, build, name, host, fabric, families, threads, memory, speed } = hello;
+        Self { protocol, build, name, host, fabric, families, threads, memory, speed }
     }
 }
 
@@ -138,6 +138,8 @@ impl TryFrom<pb::Hello> for Hello {
             fabric: text(hello.fabric, "Hello.fabric")?,
             families: texts(hello.families, "Hello.families")?,
             threads: hello.threads,
+            memory: hello.memory,
+            speed: limits::speed(hello.speed, "Hello.speed")?,
         })
     }
 }

@@ -191,6 +191,7 @@ impl From<Event> for logged_event::Event {
             Event::Drained { step } => Self::Drained(pb::AtStep { step: step.0 }),
             Event::Finished { step } => Self::Finished(pb::AtStep { step: step.0 }),
             Event::Failed { reason } => Self::Failed(pb::RunFailed { reason: cut(reason) }),
+            Event::NoPlan { reason } => Self::NoPlan(pb::RunHasNoPlan { reason: cut(reason) }),
         }
     }
 }
@@ -245,6 +246,7 @@ impl TryFrom<logged_event::Event> for Event {
             Wire::Drained(at) => Self::Drained { step: at_step(at)? },
             Wire::Finished(at) => Self::Finished { step: at_step(at)? },
             Wire::Failed(failed) => Self::Failed { reason: text(failed.reason, "RunFailed.reason")? },
+            Wire::NoPlan(no) => Self::NoPlan { reason: text(no.reason, "RunHasNoPlan.reason")? },
         })
     }
 }
