@@ -166,10 +166,12 @@ fn config(options: &Options) -> Config {
     let spec = &options.spec;
     Config {
         shape: spec.model.clone(),
-        lanes: spec.batch.lanes,
+        batch: spec.batch,
         steps: spec.recipe.steps,
         family: spec.numerics.family.clone(),
         redundancy: options.redundancy,
+        // A worker computes whole models only so far; this line is all that holds it to that.
+        stages: Some(1),
         workers: options.workers,
         detect_ms: options.detect_ms,
     }

@@ -17,7 +17,7 @@ use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::PeerMessage;
 use caravan_types::status::Event;
 use caravan_types::task::Done;
-use caravan_types::{Generation, ModelShape, Plan, SliceId, SliceTable, Step, WorkerId};
+use caravan_types::{BatchShape, Generation, ModelShape, Plan, SliceId, SliceTable, Step, WorkerId};
 use caravan_worker_core as worker;
 use network::{Frame, Network};
 use std::collections::{BTreeMap, VecDeque};
@@ -182,10 +182,11 @@ impl<'a> Cluster<'a> {
         let shape = shape();
         let config = coordinator::Config {
             shape: shape.clone(),
-            lanes: options.lanes,
+            batch: BatchShape { lanes: options.lanes, micro_batches: 1, sequences: 1, sequence_length: 8 },
             steps: options.steps,
             family: FAMILY.into(),
             redundancy: options.redundancy,
+            stages: Some(1),
             workers: options.workers,
             detect_ms: 1000,
         };
