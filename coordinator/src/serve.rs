@@ -46,6 +46,8 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Owners per slice.
     pub redundancy: u32,
+    /// Stages of every pipeline; as many as are best where none.
+    pub stages: Option<u32>,
     /// Workers that the first plan waits for.
     pub workers: u32,
     /// The failure budget, in milliseconds.
@@ -171,7 +173,7 @@ fn config(options: &Options) -> Config {
         family: spec.numerics.family.clone(),
         redundancy: options.redundancy,
         // A worker computes whole models only so far; this line is all that holds it to that.
-        stages: Some(1),
+        stages: options.stages.or(Some(1)),
         workers: options.workers,
         detect_ms: options.detect_ms,
     }

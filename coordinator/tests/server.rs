@@ -48,6 +48,7 @@ fn options(dir: &Path) -> Options {
         tokenizer: None,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         redundancy: 2,
+        stages: None,
         workers: 1,
         detect_ms: DETECT_MS,
         checkpoint_every: 50,
