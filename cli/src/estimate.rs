@@ -1,9 +1,7 @@
 //! What a run costs: parameters, memory and arithmetic, from its shapes.
 
+use caravan_types::cost::{Activations, FP32, gradient_sums};
 use caravan_types::{BatchShape, ModelShape, UnitId};
-
-/// Bytes of an fp32 number.
-const FP32: u64 = 4;
 
 /// Memory of one worker, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,10 +23,7 @@ impl Memory {
     pub fn estimate(model: &ModelShape, batch: &BatchShape, workers: u32, redundancy: u32) -> Self {
         let parameters = model.parameters();
         let workers = workers.min(batch.lanes).max(1);
-        let lanes = batch.lanes.div_ceil(workers);
-        // Lanes are added up like a binary counter: one sum for each level of the tree over
-        // this worker's lanes, and the lane being computed.
-        let sums = u64::from(lanes.next_power_of_two().ilog2()) + 1;
+        let sums = gradient_sums(batch.lanes.div_ceil(workers));
         let owners = u64::from(redundancy.min(workers));
         let owned = (parameters * owners).div_ceil(u64::from(workers));
         Self {
@@ -45,21 +40,10 @@ impl Memory {
     }
 }
 
-/// Logits that the engine has at a time, in values.
-const LOGITS: u64 = 1 << 23;
-
-/// What the engine's passes take. Each layer keeps its input, queries, keys and values, what
-/// attention gives and its sums' logarithms, the residual stream in its middle, gate and up;
-/// all layers share gradients of those, two normed rows and a product; the head needs a chunk
-/// of logits and its weights in two packed forms.
+/// What the engine's passes over one micro-batch take in a worker that has the whole model.
 fn activations(model: &ModelShape, batch: &BatchShape) -> u64 {
-    let tokens = u64::from(batch.sequences) * u64::from(batch.sequence_length);
-    let [d, h, v, heads, layers] =
-        [model.dim, model.hidden, model.vocab, model.heads, model.layers].map(u64::from);
-    let qkv = d + 2 * u64::from(model.kv_heads) * u64::from(model.head_dim());
-    let layer = 3 * d + qkv + heads + 2 * h;
-    let shared = 4 * d + qkv + 3 * h;
-    FP32 * (tokens * (layers * layer + shared) + (tokens * v).min(LOGITS.max(v)) + 2 * d * v)
+    let part = Activations::new(model, batch);
+    u64::from(model.layers) * part.layer + part.shared + part.head
 }
 
 /// Parameters of the embedding, one layer, and the final norm with the head.

@@ -121,6 +121,7 @@ impl Job {
             tokenizer: Some(self.prepared.dir.join("tokenizer.json")).filter(|t| t.exists()),
             listen: cluster.listen,
             redundancy: cluster.redundancy,
+            stages: Some(cluster.stages).filter(|stages| *stages > 0),
             workers: cluster.workers,
             detect_ms: cluster.detect.as_millis() as u64,
             checkpoint_every: cluster.checkpoint_every,

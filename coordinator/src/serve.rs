@@ -46,6 +46,8 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Owners per slice.
     pub redundancy: u32,
+    /// Stages of every pipeline; as many as are best where none.
+    pub stages: Option<u32>,
     /// Workers that the first plan waits for.
     pub workers: u32,
     /// The failure budget, in milliseconds.
@@ -169,10 +171,11 @@ fn config(options: &Options) -> Config {
     let spec = &options.spec;
     Config {
         shape: spec.model.clone(),
-        lanes: spec.batch.lanes,
+        batch: spec.batch,
         steps: spec.recipe.steps,
         family: spec.numerics.family.clone(),
         redundancy: options.redundancy,
+        stages: options.stages,
         workers: options.workers,
         detect_ms: options.detect_ms,
     }

@@ -43,7 +43,8 @@ impl Trace {
             | Event::CheckpointFailed { .. }
             | Event::CheckpointRefused { .. }
             | Event::Diverged { .. }
-            | Event::Failed { .. } => warn!(parent: span, "{event}"),
+            | Event::Failed { .. }
+            | Event::NoPlan { .. } => warn!(parent: span, "{event}"),
             _ => info!(parent: span, "{event}"),
         }
         if let Event::Stopping { boundary: false, .. } = event {

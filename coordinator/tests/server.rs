@@ -49,6 +49,7 @@ fn options(dir: &Path) -> Options {
         tokenizer: None,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         redundancy: 2,
+        stages: None,
         workers: 1,
         detect_ms: DETECT_MS,
         checkpoint_every: 50,
@@ -73,6 +74,8 @@ fn hello(name: &str) -> Hello {
         families: vec!["avx512".into(), "portable".into()],
         threads: 1,
         resume: None,
+        memory: 0,
+        speed: 1.0,
     }
 }
 

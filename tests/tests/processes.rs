@@ -24,6 +24,22 @@ fn fifty_steps_have_the_same_bits_on_one_two_three_workers_and_when_one_dies_and
 }
 
 #[test]
+fn one_to_four_pipelines_of_one_to_four_stages_have_the_same_bits() {
+    let place = Place::new();
+    let steps = ["--steps", "12", "--set", "recipe.warmup_steps=4"];
+    let run = |pipelines: u32, stages: u32| {
+        let (workers, set) = ((pipelines * stages).to_string(), format!("cluster.stages={stages}"));
+        let args = [&["--workers", &workers, "--set", &set][..], &steps].concat();
+        place.train(&format!("{pipelines}x{stages}"), &args).end()
+    };
+    let quiet = run(1, 1).weights();
+    for (pipelines, stages) in (1..=4).flat_map(|p| (1..=4).map(move |s| (p, s))).skip(1) {
+        let ended = run(pipelines, stages);
+        assert_eq!(ended.weights(), quiet, "{pipelines} pipelines of {stages} stages: {}", ended.stderr);
+    }
+}
+
+#[test]
 fn when_all_die_the_same_command_goes_on_from_the_checkpoint() {
     let place = Place::new();
     let quiet = place.train("quiet", &[]).end().weights();

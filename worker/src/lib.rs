@@ -54,6 +54,11 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Compute threads.
     pub threads: usize,
+    /// Memory that the worker may use, in bytes; not known where none.
+    pub memory: Option<u64>,
+    /// How fast it computes, relative to one ordinary core; as fast as its threads are many
+    /// where none.
+    pub speed: Option<f64>,
     /// A name for people; host and process id where none is given.
     pub name: Option<String>,
 }
@@ -111,6 +116,8 @@ fn hello(options: &Options, fabric: SocketAddr) -> Hello {
         families: Family::available().into_iter().map(|f| f.name().to_owned()).collect(),
         threads: options.threads as u32,
         resume: None,
+        memory: options.memory.unwrap_or(0),
+        speed: options.speed.unwrap_or(options.threads as f64),
     }
 }
 

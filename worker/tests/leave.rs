@@ -16,6 +16,8 @@ async fn a_worker_that_was_not_taken_on_yet_leaves_at_once() {
         coordinator: silent.local_addr().unwrap().to_string(),
         listen: "127.0.0.1:0".parse().unwrap(),
         threads: 1,
+        memory: None,
+        speed: None,
         name: None,
     };
     let worker = tokio::spawn(run(options));

@@ -95,6 +95,8 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "workers", i64::from(c.workers), "")?;
     line(out, "threads", i64::from(c.threads), "of each worker")?;
     line(out, "redundancy", i64::from(c.redundancy), "owners a slice, where there are so many workers")?;
+    let stages = if c.stages == 0 { "of each pipeline: as many as are best" } else { "of each pipeline" };
+    line(out, "stages", i64::from(c.stages), stages)?;
     line(out, "detect", format!("{:?}", c.detect), "")?;
     line(
         out,

@@ -2,6 +2,7 @@
 
 use crate::say;
 use crate::telemetry::{self, LogTarget};
+use caravan_types::message::SPEEDS;
 use caravan_worker::{Exit, Options};
 use std::io;
 use std::net::SocketAddr;
@@ -19,12 +20,27 @@ pub struct Args {
     /// Compute threads; as many as there are cores by default.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Memory that it may use, in bytes; what it does not say does not limit what it is given.
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<u64>,
+    /// How fast it computes, relative to one ordinary core; the number of its threads by default.
+    #[arg(long, value_name = "X", value_parser = speed)]
+    speed: Option<f64>,
     /// A name for people; host and process by default.
     #[arg(long)]
     name: Option<String>,
     /// End when standard input does, as it does with the process that started this one.
     #[arg(long, hide = true)]
     tether: bool,
+}
+
+/// A speed that the coordinator takes.
+fn speed(text: &str) -> Result<f64, String> {
+    let speed: f64 = text.parse().map_err(|_| "must be a number, such as 4 or 0.5".to_owned())?;
+    if SPEEDS.contains(&speed) {
+        return Ok(speed);
+    }
+    Err(format!("must be from {:e} to {:e}", SPEEDS.start(), SPEEDS.end()))
 }
 
 /// Works until told to end. The exit code says whether it helps to start it again.
@@ -35,6 +51,8 @@ pub fn run(args: &Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + S
         coordinator: args.join.trim_start_matches("http://").to_owned(),
         listen: args.listen,
         threads: args.threads.unwrap_or_else(cores).max(1),
+        memory: args.memory,
+        speed: args.speed,
         name: args.name.clone(),
     };
     // One thread moves messages; the engine computes on its own.

@@ -157,6 +157,11 @@ pub enum Fault {
         /// Lanes, micro-batches, sequences.
         parts: (u32, u32, u32),
     },
+    /// A stage has at least one unit.
+    MoreStagesThanUnits {
+        /// Units of the model: its layers, the embedding, and the norm with the head.
+        units: u32,
+    },
     /// An option that is no `key=value`.
     NotAnAssignment,
 }
@@ -219,6 +224,11 @@ impl fmt::Display for Fault {
                 "batch.lanes × batch.micro_batches × batch.sequences is {lanes} × {micro_batches} × {sequences} = {}: \
                  give batch.size or batch.micro_batches, not both",
                 u64::from(*lanes) * u64::from(*micro_batches) * u64::from(*sequences)
+            ),
+            Self::MoreStagesThanUnits { units } => write!(
+                f,
+                "must be at most {units}, the model's layers with its embedding and its head, of which every stage \
+                 has at least one; 0 lets Caravan choose"
             ),
             Self::NotAnAssignment => {
                 f.write_str("must be key=value with a dotted key, such as --set recipe.steps=100")

@@ -39,7 +39,7 @@ pub fn read(r: &mut Reader, file: &Path) -> Option<Settings> {
     let batch = batch(r, length, model.as_ref());
     let recipe = recipe(r, model.as_ref());
     let data = data(r, file);
-    let cluster = cluster(r);
+    let cluster = cluster(r, model.as_ref());
     let prompt = r.text("generate.prompt");
     let (model, batch, cluster) = (model?, batch?, cluster?);
     let notes = notes(&batch, &cluster);
@@ -248,10 +248,11 @@ fn data(r: &mut Reader, file: &Path) -> Option<Request> {
 /// Prefix of a path to a lock file whose packages' sources are the data.
 const CARGO: &str = "cargo:";
 
-fn cluster(r: &mut Reader) -> Option<Cluster> {
+fn cluster(r: &mut Reader, model: Option<&ModelShape>) -> Option<Cluster> {
     let workers = r.integer32("cluster.workers", 1..=MOST_WORKERS);
     let threads = r.integer32("cluster.threads", 1..=1 << 10);
     let redundancy = r.integer32("cluster.redundancy", 1..=MOST_WORKERS);
+    let stages = r.integer32("cluster.stages", 0..=MOST_LAYERS + 2);
     let detect = r.duration("cluster.detect", Duration::from_millis(100)..=Duration::from_secs(600));
     let every = r.integer("cluster.checkpoint_every", 0..=MOST_STEPS);
     let keep = r.integer32("cluster.keep", 1..=1 << 20);
@@ -262,10 +263,15 @@ fn cluster(r: &mut Reader) -> Option<Cluster> {
         return None;
     }
     let workers = workers.unwrap_or(2);
+    if let Some(units) = model.map(ModelShape::units).filter(|units| stages.is_some_and(|s| s > *units)) {
+        r.fault("cluster.stages", Fault::MoreStagesThanUnits { units });
+        return None;
+    }
     Some(Cluster {
         workers,
         threads: threads.unwrap_or_else(|| (cores() / workers).max(1)),
         redundancy: redundancy.unwrap_or(2),
+        stages: stages.unwrap_or(0),
         detect: detect.unwrap_or(Duration::from_secs(3)),
         checkpoint_every: every.unwrap_or(100),
         keep: keep.unwrap_or(3),

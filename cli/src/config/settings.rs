@@ -52,6 +52,8 @@ pub struct Cluster {
     pub threads: u32,
     /// Owners per slice, where there are so many workers.
     pub redundancy: u32,
+    /// Stages of every pipeline; 0 for as many as are best.
+    pub stages: u32,
     /// The failure budget.
     pub detect: Duration,
     /// Steps between checkpoints; 0 for one at the end only.

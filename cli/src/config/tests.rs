@@ -133,6 +133,7 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         ("recipe.learning_rate=fast", "must be a number"),
         ("cluster.workers=0", "must be from 1"),
         ("cluster.redundancy=0", "must be from 1"),
+        ("cluster.stages=1000", "the model's layers with its embedding and its head"),
         ("cluster.keep=0", "must be from 1"),
         ("cluster.detect=10ms", "must be from 100ms to 600s"),
         ("cluster.detect=20m", "must be from 100ms to 600s"),

@@ -2,7 +2,7 @@
 
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
-use crate::planner::{self, Candidate};
+use crate::planner::{self, Candidate, Demand};
 use crate::regroup::{self, Agreement};
 use crate::saves::Saves;
 use crate::{Config, Input, Millis, Output, Record, Restored, Session};
@@ -12,7 +12,7 @@ use caravan_types::message::{
 use caravan_types::progress::Doing;
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
 use caravan_types::task::SavedPart;
-use caravan_types::{Generation, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
+use caravan_types::{Generation, Member, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A worker that others lost this often without a step in between is cut out: the fault is
@@ -21,6 +21,9 @@ const MOST_SUSPICIONS: u32 = 3;
 
 /// Reading from a disk may take this many times the failure budget: minutes by default.
 const SLOWEST_DISK: u64 = 60;
+/// FLOP/s of a worker that says that its speed is 1: an ordinary core, with vectors of fp32.
+/// Only its ratio to the speed of the links decides anything.
+const FLOPS_OF_SPEED_1: f64 = 5e10;
 
 /// Owners of one slice that differ this often without a step in between do not differ by
 /// chance; going on would write bad weights.
@@ -30,6 +33,7 @@ const MOST_DIVERGENCES: u32 = 3;
 #[derive(Clone, Debug)]
 pub struct Core {
     config: Config,
+    demand: Demand,
     table: SliceTable,
     pub(crate) phase: Phase,
     pub(crate) members: Members,
@@ -62,9 +66,17 @@ impl Core {
         let plan = restored.plan.filter(|plan| plan.generation <= restored.generation);
         let awaited: BTreeSet<WorkerId> =
             plan.iter().flat_map(|plan| &plan.members).map(|m| m.worker).collect();
+        let demand = Demand {
+            shape: config.shape.clone(),
+            batch: config.batch,
+            redundancy: config.redundancy,
+            stages: config.stages,
+            link_bytes_per_s: planner::LINK_BYTES_PER_S,
+        };
         Self {
             deadline: plan.as_ref().map(|_| now + config.detect_ms),
             config,
+            demand,
             table,
             phase: if plan.is_some() { Phase::Recovering } else { Phase::Gathering },
             members: Members::default(),
@@ -147,16 +159,16 @@ impl Core {
         for worker in self.plan.iter().flat_map(|p| p.owners.iter().flatten()) {
             *owned.entry(*worker).or_default() += 1;
         }
-        let lanes = |id| {
-            let mut pipelines = self.plan.iter().flat_map(|p| &p.pipelines);
-            let of = pipelines.find(|p| p.stages.iter().any(|s| s.worker == id));
-            of.map_or((0, 0), |p| (p.lanes.start, p.lanes.end))
-        };
+        let mut lanes: BTreeMap<WorkerId, (u32, u32)> = BTreeMap::new();
+        for pipeline in self.plan.iter().flat_map(|p| &p.pipelines) {
+            let range = (pipeline.lanes.start, pipeline.lanes.end);
+            lanes.extend(pipeline.stages.iter().map(|stage| (stage.worker, range)));
+        }
         let status = |(id, w): (WorkerId, &crate::members::Worker)| WorkerStatus {
             worker: id,
             name: w.name.clone(),
             member: self.plan.as_ref().is_some_and(|p| p.has(id)),
-            lanes: lanes(id),
+            lanes: lanes.get(&id).copied().unwrap_or_default(),
             owned_slices: owned.get(&id).copied().unwrap_or(0),
             activity: w.activity,
             applied: w.applied,
@@ -419,17 +431,14 @@ impl Core {
         if (self.draining || nobody_stays) && agreement.settled {
             return self.save(now, &agreement, out);
         }
-        if let Some(from) = agreement.lost {
-            out.push(Output::Note(Event::RolledBack { from, to: agreement.start.base }));
-        }
-        self.committed = self.committed.take().filter(|c| c.step <= agreement.start.base);
         self.adopt(now, agreement, out);
     }
 
     /// Makes a plan of an agreement and puts it in force.
     fn adopt(&mut self, now: Millis, agreement: Agreement, out: &mut Vec<Output>) {
+        let lost = agreement.lost;
         let (start, candidates) = self.candidates(agreement);
-        let stays = |w: &WorkerId| candidates.iter().any(|c| c.member.worker == *w);
+        let stays = |w: &WorkerId| candidates.binary_search_by_key(w, |c| c.member.worker).is_ok();
         let gone: Vec<WorkerId> = self.members.ids().into_iter().filter(|w| !stays(w)).collect();
         for worker in gone {
             self.dismiss(worker, out);
@@ -437,8 +446,18 @@ impl Core {
         if candidates.is_empty() {
             return self.consider(now, out);
         }
-        let (units, lanes, r) = (self.config.shape.units(), self.config.lanes, self.config.redundancy);
-        let plan = planner::plan(self.generation, start, &self.table, units, lanes, r, &candidates);
+        let before = self.plan.as_ref().map_or(&[][..], |plan| &plan.pipelines);
+        let plan = planner::plan(&self.demand, &self.table, self.generation, start, &candidates, before);
+        let plan = match plan {
+            Ok(plan) => plan,
+            // Everybody has stopped and keeps what it has: whoever comes or goes is asked to
+            // report too, and then it is tried again.
+            Err(reason) => return out.push(Output::Note(Event::NoPlan { reason: reason.to_string() })),
+        };
+        if let Some(from) = lost {
+            out.push(Output::Note(Event::RolledBack { from, to: plan.base }));
+        }
+        self.committed = self.committed.take().filter(|c| c.step <= plan.base);
         out.push(Output::Persist(Record::Plan(plan.clone())));
         out.push(Output::Note(planned(&plan)));
         for worker in plan.members.iter().map(|m| m.worker) {
@@ -456,9 +475,15 @@ impl Core {
         let mut all = Vec::with_capacity(self.members.len());
         for (id, worker) in self.members.iter() {
             let holding = holdings.remove(&id).unwrap_or_default();
-            let Some(member) = self.members.member(id) else { continue };
-            let leaving = worker.leaving;
-            all.push(Candidate { member, state: holding.state, weights: holding.weights, leaving });
+            all.push(Candidate {
+                member: Member { worker: id, fabric: worker.fabric.clone() },
+                host: worker.host.clone(),
+                speed: worker.speed * FLOPS_OF_SPEED_1,
+                memory: worker.memory,
+                state: holding.state,
+                weights: holding.weights,
+                leaving: worker.leaving,
+            });
         }
         let kept: SliceSet = all.iter().filter(|c| !c.leaving).flat_map(|c| c.state.iter()).collect();
         if all.iter().all(|c| c.leaving) || kept.len() == self.table.len() {

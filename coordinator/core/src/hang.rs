@@ -83,6 +83,8 @@ mod tests {
                 fabric: String::new(),
                 families: Vec::new(),
                 threads: 1,
+                memory: 0,
+                speed: 1.0,
                 resume: None,
             };
             members.add(WorkerId(i), Session(i), hello, 0);

@@ -15,6 +15,7 @@
 //! survivors' reports add up to; `hang` finds who stands still; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
 //! `saves` watches checkpoints being written.
 
+mod around;
 mod core;
 mod hang;
 mod members;
@@ -25,12 +26,12 @@ mod regroup;
 mod saves;
 
 pub use crate::core::Core;
-pub use crate::planner::{Candidate, Start, plan};
+pub use crate::planner::{Candidate, Demand, LINK_BYTES_PER_S, NoPlan, Start, plan};
 
 use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, ToWorker};
 use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
-use caravan_types::{Generation, ModelShape, Plan, Step, WorkerId};
+use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, WorkerId};
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds on a clock that only goes forward, from any origin.
@@ -45,14 +46,16 @@ pub struct Session(pub u64);
 pub struct Config {
     /// The model.
     pub shape: ModelShape,
-    /// Lanes of the run.
-    pub lanes: u32,
+    /// Its global batch.
+    pub batch: BatchShape,
     /// Steps of the run.
     pub steps: u64,
     /// Instruction family of the run's numerics class.
     pub family: String,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
+    /// Stages of every pipeline; as many as are best where none.
+    pub stages: Option<u32>,
     /// The first plan waits for this many workers, but no longer than the failure budget
     /// once the first one is there.
     pub workers: u32,

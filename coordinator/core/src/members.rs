@@ -3,7 +3,7 @@
 use crate::{Millis, Session};
 use caravan_types::message::{Activity, Hello, Report};
 use caravan_types::progress::{EngineProgress, Wait};
-use caravan_types::{Generation, Member, Step, WorkerId};
+use caravan_types::{Generation, Step, WorkerId};
 use std::collections::BTreeMap;
 
 /// One worker.
@@ -12,6 +12,11 @@ pub(crate) struct Worker {
     pub(crate) session: Session,
     pub(crate) name: String,
     pub(crate) fabric: String,
+    pub(crate) host: String,
+    /// Relative to one ordinary core.
+    pub(crate) speed: f64,
+    /// In bytes; 0 where not known.
+    pub(crate) memory: u64,
     /// When it was last heard.
     pub(crate) heard: Millis,
     pub(crate) applied: Step,
@@ -43,6 +48,9 @@ impl Members {
             session,
             name: hello.name,
             fabric: hello.fabric,
+            host: hello.host,
+            speed: hello.speed,
+            memory: hello.memory,
             heard: now,
             applied: Step(0),
             activity: Activity::Waiting,
@@ -124,9 +132,5 @@ impl Members {
         let complete = self.workers.values().all(said);
         let named = self.workers.iter().filter_map(|(id, w)| Some((*id, w.report.as_ref()?)));
         complete.then(|| named.collect())
-    }
-
-    pub(crate) fn member(&self, id: WorkerId) -> Option<Member> {
-        self.workers.get(&id).map(|w| Member { worker: id, fabric: w.fabric.clone() })
     }
 }

@@ -10,7 +10,8 @@ use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VE
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::{
-    Digest, Generation, Member, MicroId, ModelShape, Plan, SliceId, SliceSet, Source, Step, WorkerId,
+    BatchShape, Digest, Generation, Member, MicroId, ModelShape, Plan, SliceId, SliceSet, Source, Step,
+    WorkerId,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -115,7 +116,13 @@ impl Stage {
         };
         let config = Config {
             shape,
-            lanes: words.number("lanes", 4) as u32,
+            batch: BatchShape {
+                lanes: words.number("lanes", 4) as u32,
+                micro_batches: 1,
+                sequences: 1,
+                sequence_length: 8,
+            },
+            stages: Some(words.number("stages", 1) as u32).filter(|stages| *stages > 0),
             steps: words.number("steps", 10),
             family: "avx512".into(),
             redundancy: words.number("redundancy", 2) as u32,
@@ -158,11 +165,13 @@ fn hello(words: &Words<'_>) -> Hello {
         protocol: words.number("protocol", PROTOCOL_VERSION.into()) as u32,
         build: "test".into(),
         name: format!("session-{}", words.id(1)),
-        host: "here".into(),
+        host: (*words.named.get("host").unwrap_or(&"here")).into(),
         fabric: format!("here:{}", words.id(1)),
         families: vec![(*words.named.get("family").unwrap_or(&"avx512")).into()],
         threads: 1,
         resume: words.named.get("resume").map(|w| WorkerId(w.trim_start_matches('w').parse().unwrap())),
+        memory: words.number("memory", 0),
+        speed: words.number("speed", 1) as f64,
     }
 }
 
@@ -269,8 +278,13 @@ fn plan_lines(plan: &Plan) -> String {
     let norm = plan.norm.map_or(String::new(), |n| format!(", whoever is behind applies it with norm {n}"));
     let mut lines = vec![format!("{} from step {}{norm}", plan.generation, plan.base)];
     for p in &plan.pipelines {
-        let workers: Vec<String> = p.stages.iter().map(|s| s.worker.to_string()).collect();
-        lines.push(format!("lanes {}-{}: {}", p.lanes.start, p.lanes.end - 1, workers.join(" ")));
+        let whole = p.stages.len() == 1;
+        let stage = |s: &caravan_types::Stage| match whole {
+            true => s.worker.to_string(),
+            false => format!("{} units {}-{}", s.worker, s.units.start, s.units.end - 1),
+        };
+        let workers: Vec<String> = p.stages.iter().map(stage).collect();
+        lines.push(format!("lanes {}-{}: {}", p.lanes.start, p.lanes.end - 1, workers.join(", ")));
     }
     for member in &plan.members {
         lines.push(format!("{} owns {}", member.worker, set(&plan.owned_by(member.worker))));

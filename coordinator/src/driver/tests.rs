@@ -42,10 +42,11 @@ fn bench(workers: u32) -> Bench {
     let spec = spec();
     let config = Config {
         shape: spec.model.clone(),
-        lanes: spec.batch.lanes,
+        batch: spec.batch,
         steps: spec.recipe.steps,
         family: spec.numerics.family.clone(),
         redundancy: 2,
+        stages: Some(1),
         workers,
         detect_ms: 60_000,
     };
@@ -84,6 +85,8 @@ fn hello(name: &str) -> Hello {
         families: vec!["portable".into()],
         threads: 1,
         resume: None,
+        memory: 0,
+        speed: 1.0,
     }
 }
 

@@ -30,6 +30,7 @@ const KINDS = {
   drained: ["drained", "save"],
   finished: ["finished", "good"],
   failed: ["failed", "bad"],
+  no_plan: ["no plan", "bad"],
 };
 
 const id = (name) => document.getElementById(name);

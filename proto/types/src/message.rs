@@ -5,12 +5,17 @@ use crate::task::SavedPart;
 use crate::{Generation, Plan, RunSpec, SliceId, SliceSet, Step, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::RangeInclusive;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
 pub const PROTOCOL_VERSION: u32 = 2;
 
+/// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
+/// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.
+pub const SPEEDS: RangeInclusive<f64> = 1e-12..=1e12;
+
 /// A worker introduces itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hello {
     /// [`PROTOCOL_VERSION`] of the sender.
     pub protocol: u32,
@@ -29,6 +34,10 @@ pub struct Hello {
     /// Set where a worker that was taken on before has lost its session and wants to go on
     /// with the same id: the coordinator may have been restarted.
     pub resume: Option<WorkerId>,
+    /// Memory that it may use, in bytes; 0 where that is not known.
+    pub memory: u64,
+    /// How fast it computes, relative to one ordinary core; one of [`SPEEDS`].
+    pub speed: f64,
 }
 
 /// What the coordinator tells a worker that it takes on.

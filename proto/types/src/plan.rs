@@ -88,12 +88,20 @@ pub enum Source {
 }
 
 /// Why a member has no lanes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum IdleReason {
-    /// There are fewer lanes than workers.
+    /// Every lane has a pipeline of its own, and no pipeline may have one stage more.
     MoreWorkersThanLanes,
     /// It asked to leave, and stays until the others have what it holds.
     Leaving,
+    /// Its memory does not hold its share of the training state; it owns nothing either.
+    TooSmall,
+    /// Its memory holds its share of the training state, but no stage besides.
+    NoRoomForAStage,
+    /// A lane or a stage on it would make every step take longer.
+    WouldSlow,
+    /// Pipelines have a fixed number of stages, and too few workers are left for one more.
+    TooFewForAPipeline,
 }
 
 impl fmt::Display for IdleReason {
@@ -101,6 +109,10 @@ impl fmt::Display for IdleReason {
         match self {
             Self::MoreWorkersThanLanes => f.write_str("there are more workers than lanes"),
             Self::Leaving => f.write_str("it leaves as soon as the others have what it holds"),
+            Self::TooSmall => f.write_str("its memory is too small for a share of the training state"),
+            Self::NoRoomForAStage => f.write_str("its memory has no room for a stage"),
+            Self::WouldSlow => f.write_str("with a lane or a stage on it, every step would take longer"),
+            Self::TooFewForAPipeline => f.write_str("too few workers are left for one more pipeline"),
         }
     }
 }
@@ -109,7 +121,7 @@ impl Plan {
     /// Whether a worker is a member.
     #[must_use]
     pub fn has(&self, worker: WorkerId) -> bool {
-        self.members.iter().any(|m| m.worker == worker)
+        self.members.binary_search_by_key(&worker, |m| m.worker).is_ok()
     }
 
     /// The slices that a worker owns.

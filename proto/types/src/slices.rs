@@ -159,14 +159,52 @@ impl SliceSet {
     /// Whether every slice of `other` is in this set.
     #[must_use]
     pub fn is_superset(&self, other: &Self) -> bool {
-        other.iter().all(|id| self.contains(id))
+        let mine = self.words.iter().copied().chain(std::iter::repeat(0));
+        other.words.iter().zip(mine).all(|(theirs, mine)| theirs & !mine == 0)
     }
 
     /// The members in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = SliceId> + '_ {
         self.words.iter().enumerate().flat_map(|(i, word)| {
-            (0..64).filter(move |b| word >> b & 1 == 1).map(move |b| SliceId(i as u32 * 64 + b))
+            let some = |word: u64| (word != 0).then_some(word);
+            // Clearing the lowest bit gives the rest of a word.
+            let rest = std::iter::successors(some(*word), move |w| some(w & (w - 1)));
+            rest.map(move |w| SliceId(i as u32 * 64 + w.trailing_zeros()))
         })
+    }
+
+    /// How many slices of a range are in the set.
+    #[must_use]
+    pub fn len_in(&self, range: Range<u32>) -> usize {
+        let (first, last) = (range.start as usize / 64, range.end.div_ceil(64) as usize);
+        let ones = |i: usize| -> usize {
+            let word = self.words.get(i).copied().unwrap_or(0);
+            let below = |id: u32| match (id as usize).saturating_sub(i * 64) {
+                bits @ 0..64 => (1 << bits) - 1,
+                _ => u64::MAX,
+            };
+            (word & below(range.end) & !below(range.start)).count_ones() as usize
+        };
+        (first..last.min(self.words.len())).map(ones).sum()
+    }
+
+    /// The slices that are in this set or in `other`.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        let (long, short) = if self.words.len() >= other.words.len() { (self, other) } else { (other, self) };
+        let mut words = long.words.clone();
+        words.iter_mut().zip(&short.words).for_each(|(word, more)| *word |= more);
+        Self { words }
+    }
+
+    /// The slices that are in this set and not in `other`.
+    #[must_use]
+    pub fn difference(&self, other: &Self) -> Self {
+        let mut words = self.words.clone();
+        words.iter_mut().zip(&other.words).for_each(|(word, less)| *word &= !less);
+        let mut set = Self { words };
+        set.trim();
+        set
     }
 
     /// The members as the fewest ascending ranges.
@@ -254,6 +292,12 @@ mod tests {
                 prop_assert_eq!(ours.len(), model.len());
             }
             prop_assert_eq!(ours.iter().map(|s| s.0).collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
+            let (low, rest): (SliceSet, SliceSet) = (ours.iter().filter(|s| s.0 < 77).collect(), ours.iter().filter(|s| s.0 >= 77).collect());
+            prop_assert_eq!((low.len(), rest.len()), (ours.len_in(0..77), ours.len_in(77..1000)));
+            prop_assert_eq!(ours.len_in(13..77), ours.iter().filter(|s| (13..77).contains(&s.0)).count());
+            prop_assert_eq!(&low.union(&rest), &ours);
+            prop_assert_eq!(&ours.difference(&rest), &low);
+            prop_assert!(ours.is_superset(&low) && (rest.is_empty() || !low.is_superset(&ours)));
             let json = serde_json::to_string(&ours).unwrap();
             prop_assert_eq!(serde_json::from_str::<SliceSet>(&json).unwrap(), ours);
         }

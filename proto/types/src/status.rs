@@ -162,6 +162,11 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// The workers that are there cannot train the model; the run waits for others.
+    NoPlan {
+        /// Why, and what would do.
+        reason: String,
+    },
 }
 
 /// Why a worker is gone.
@@ -246,6 +251,7 @@ impl fmt::Display for Event {
             }
             Self::Finished { step } => write!(f, "finished at step {step}"),
             Self::Failed { reason } => write!(f, "the run cannot go on: {reason}"),
+            Self::NoPlan { reason } => write!(f, "waiting for workers: {reason}"),
         }
     }
 }

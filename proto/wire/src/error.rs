@@ -26,6 +26,8 @@ pub enum Why {
         /// The largest that is taken.
         limit: u64,
     },
+    /// A number that is no speed: not positive, or beyond what arithmetic with it bears.
+    NotASpeed,
     /// A byte string that must have one length has another.
     Length {
         /// Its length.
@@ -56,6 +58,7 @@ impl fmt::Display for Why {
             Self::Missing => f.write_str("is missing"),
             Self::UnknownVariant(value) => write!(f, "has the unknown value {value}"),
             Self::TooLarge { is, limit } => write!(f, "is {is}, more than the limit of {limit}"),
+            Self::NotASpeed => f.write_str("is no speed"),
             Self::Length { is, must } => write!(f, "has {is} bytes, not {must}"),
             Self::NotAscending => f.write_str("does not ascend"),
             Self::HalfRange => f.write_str("has a range without an end"),

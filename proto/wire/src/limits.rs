@@ -2,6 +2,7 @@
 //! anything is allocated for it.
 
 use crate::error::{Malformed, Why};
+use caravan_types::message::SPEEDS;
 use caravan_types::{Digest, Generation, SliceId, SliceSet, Step, WorkerId};
 use std::ops::Range;
 
@@ -113,6 +114,10 @@ pub(crate) fn range(start: u32, end: u32, limit: u32, field: &'static str) -> Re
     }
     below(end.into(), u64::from(limit) + 1, field)?;
     Ok(start..end)
+}
+
+pub(crate) fn speed(value: f64, field: &'static str) -> Result<f64, Malformed> {
+    if SPEEDS.contains(&value) { Ok(value) } else { Err(Why::NotASpeed.at(field)) }
 }
 
 pub(crate) fn digest(bytes: &[u8], field: &'static str) -> Result<Digest, Malformed> {

@@ -2,7 +2,7 @@
 
 use crate::limits::{MAX_COUNT, MAX_LANES, MAX_SLICES, MAX_UNITS};
 use caravan_types::message::{
-    Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, ToWorker, Welcome,
+    Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, SPEEDS, ToWorker, Welcome,
 };
 use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared};
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
@@ -83,9 +83,9 @@ pub(crate) fn run_spec() -> impl Strategy<Value = RunSpec> {
 }
 
 pub(crate) fn hello() -> impl Strategy<Value = Hello> {
-    let numbers = (any::<u32>(), any::<u32>(), option::of(worker()));
-    (numbers, [text(), text(), text(), text()], vec(text(), 0..4)).prop_map(
-        |((protocol, threads, resume), [build, name, host, fabric], families)| Hello {
+    let able = (any::<(u32, u32, u64)>(), SPEEDS, option::of(worker()));
+    (able, [text(), text(), text(), text()], vec(text(), 0..4)).prop_map(
+        |(((protocol, threads, memory), speed, resume), [build, name, host, fabric], families)| Hello {
             protocol,
             build,
             name,
@@ -94,6 +94,8 @@ pub(crate) fn hello() -> impl Strategy<Value = Hello> {
             families,
             threads,
             resume,
+            memory,
+            speed,
         },
     )
 }
@@ -186,10 +188,10 @@ pub(crate) fn plan() -> impl Strategy<Value = Plan> {
     let members = prop::collection::btree_map(worker(), text(), 0..5)
         .prop_map(|members| members.into_iter().map(|(worker, fabric)| Member { worker, fabric }).collect());
     let owners = vec(vec(worker(), 0..4), 1..40);
-    let idle = vec(
-        (worker(), prop::sample::select(vec![IdleReason::MoreWorkersThanLanes, IdleReason::Leaving])),
-        0..3,
-    );
+    use IdleReason::*;
+    let reasons =
+        vec![MoreWorkersThanLanes, Leaving, TooSmall, NoRoomForAStage, WouldSlow, TooFewForAPipeline];
+    let idle = vec((worker(), prop::sample::select(reasons)), 0..3);
     (generation(), step(), option::of(real()), members, vec(pipeline(), 0..3), owners, idle).prop_flat_map(
         |(generation, base, norm, members, pipelines, owners, idle)| {
             let plan = Plan { generation, base, norm, members, pipelines, owners, transfers: vec![], idle };
@@ -303,6 +305,7 @@ fn event() -> impl Strategy<Value = Event> {
         step().prop_map(|step| Event::Drained { step }),
         step().prop_map(|step| Event::Finished { step }),
         text().prop_map(|reason| Event::Failed { reason }),
+        text().prop_map(|reason| Event::NoPlan { reason }),
     ]
 }
 

@@ -37,6 +37,8 @@ pub struct Options {
     pub lanes: u32,
     /// Micro-batches of each.
     pub micro_batches: u32,
+    /// Stages of each pipeline; the planner's choice where none.
+    pub stages: Option<u32>,
     /// Steps.
     pub steps: u64,
     /// Owners per slice.
@@ -64,6 +66,7 @@ impl Options {
             workers,
             lanes,
             micro_batches: 2,
+            stages: None,
             steps,
             redundancy,
             checkpoint_every,
@@ -87,6 +90,7 @@ impl Options {
             workers: r.below(4) as u32 + 1,
             lanes: 1 << r.below(4),
             micro_batches: 2,
+            stages: Some(r.below(5) as u32).filter(|s| *s > 0),
             steps: r.below(8) + 3,
             redundancy: r.below(3) as u32 + 1,
             checkpoint_every: r.below(4),
@@ -201,10 +205,11 @@ impl<'a> Cluster<'a> {
         let shape = shape();
         let config = coordinator::Config {
             shape: shape.clone(),
-            lanes: options.lanes,
+            batch: BatchShape { lanes: options.lanes, micro_batches: 1, sequences: 1, sequence_length: 8 },
             steps: options.steps,
             family: FAMILY.into(),
             redundancy: options.redundancy,
+            stages: options.stages,
             workers: options.workers,
             detect_ms: 1000,
         };
@@ -316,6 +321,8 @@ impl<'a> Cluster<'a> {
             families: vec![FAMILY.into()],
             threads: 1,
             resume: None,
+            memory: 0,
+            speed: 1.0,
         };
         self.coordinate(coordinator::Input::Hello { session, hello })
     }

@@ -27,6 +27,8 @@ fn hello() -> Hello {
         families: vec!["portable".into()],
         threads: 1,
         resume: None,
+        memory: 0,
+        speed: 1.0,
     }
 }
 

@@ -10,7 +10,12 @@ use caravan_types::{IdleReason, Member, Part, Pipeline, Plan, SliceSet, Source, 
 use std::ops::Range;
 
 variants!(Part, pb::Part, part, [Weights, State]);
-variants!(IdleReason, pb::IdleReason, idle_reason, [MoreWorkersThanLanes, Leaving]);
+variants!(
+    IdleReason,
+    pb::IdleReason,
+    idle_reason,
+    [MoreWorkersThanLanes, Leaving, TooSmall, NoRoomForAStage, WouldSlow, TooFewForAPipeline]
+);
 
 impl From<&SliceSet> for pb::SliceSet {
     fn from(set: &SliceSet) -> Self {

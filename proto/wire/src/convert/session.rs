@@ -143,9 +143,9 @@ impl From<ToWorker> for to_worker::Message {
 
 impl From<Hello> for pb::Hello {
     fn from(hello: Hello) -> Self {
-        let Hello { protocol, build, name, host, fabric, families, threads, resume } = hello;
+        let Hello { protocol, build, name, host, fabric, families, threads, memory, speed, resume } = hello;
         let resume = resume.map(|worker| worker.0);
-        Self { protocol, build, name, host, fabric, families, threads, resume }
+        Self { protocol, build, name, host, fabric, families, threads, memory, speed, resume }
     }
 }
 
@@ -162,6 +162,8 @@ impl TryFrom<pb::Hello> for Hello {
             families: texts(hello.families, "Hello.families")?,
             threads: hello.threads,
             resume: hello.resume.map(|worker| limits::worker(worker, "Hello.resume")).transpose()?,
+            memory: hello.memory,
+            speed: limits::speed(hello.speed, "Hello.speed")?,
         })
     }
 }

@@ -1,0 +1,84 @@
+//! What a part of a model costs to train: arithmetic and memory, from its shapes.
+//!
+//! Counted here once, for the plan that deals out the work and for the estimate that people
+//! are shown before they start.
+
+use crate::{BatchShape, ModelShape, UnitId};
+
+/// Bytes of an fp32 number.
+pub const FP32: u64 = 4;
+
+/// Bytes of an element's training state: master weight and two moments, all fp32.
+pub const STATE: u64 = 3 * FP32;
+
+/// Logits that the engine has at a time, in values.
+const LOGITS: u64 = 1 << 23;
+
+/// Memory of the passes over one micro-batch, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activations {
+    /// What one layer keeps from its forward to its backward pass: its input, queries, keys
+    /// and values, what attention gives and its sums' logarithms, the residual stream in its
+    /// middle, gate and up.
+    pub layer: u64,
+    /// What all layers share: gradients of those, two normed rows and a product.
+    pub shared: u64,
+    /// What the head takes: a chunk of logits, and its weights in two packed forms.
+    pub head: u64,
+}
+
+impl Activations {
+    /// The activations of one micro-batch.
+    #[must_use]
+    pub fn new(model: &ModelShape, batch: &BatchShape) -> Self {
+        let tokens = u64::from(batch.sequences) * u64::from(batch.sequence_length);
+        let [d, h, v, heads] = [model.dim, model.hidden, model.vocab, model.heads].map(u64::from);
+        let qkv = d + 2 * u64::from(model.kv_heads) * u64::from(model.head_dim());
+        Self {
+            layer: FP32 * tokens * (3 * d + qkv + heads + 2 * h),
+            shared: FP32 * tokens * (4 * d + qkv + 3 * h),
+            head: FP32 * ((tokens * v).min(LOGITS.max(v)) + 2 * d * v),
+        }
+    }
+}
+
+/// Gradient sums that a worker of `lanes` lanes has at a time. Lanes are added up like a
+/// binary counter: one sum for each level of the tree over its lanes, and the lane being
+/// computed.
+#[must_use]
+pub fn gradient_sums(lanes: u32) -> u64 {
+    u64::from(lanes.max(1).next_power_of_two().ilog2()) + 1
+}
+
+/// Floating-point operations to train one unit on one token: a unit's part of
+/// [`ModelShape::train_flops_per_token`]. Looking up an embedding is free there; here it has
+/// its copy and its addition, 6 · dim, so that no unit costs nothing.
+#[must_use]
+pub fn unit_flops_per_token(model: &ModelShape, unit: UnitId, sequence_length: u32) -> f64 {
+    let d = f64::from(model.dim);
+    let range = model.unit_range(unit);
+    let parameters = (range.end - range.start) as f64;
+    match unit.0 {
+        0 => 6.0 * d,
+        u if u <= model.layers => 6.0 * parameters + 6.0 * f64::from(sequence_length) * d,
+        _ => 6.0 * parameters,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_add_up_to_the_model() {
+        let model = ModelShape::preset("7b").unwrap();
+        let units: f64 = (0..model.units()).map(|u| unit_flops_per_token(&model, UnitId(u), 4096)).sum();
+        let whole = model.train_flops_per_token(4096) + 6.0 * f64::from(model.dim);
+        assert!((units / whole - 1.0).abs() < 1e-12, "{units} and {whole}");
+    }
+
+    #[test]
+    fn a_sum_is_kept_for_each_level_of_the_lane_tree() {
+        assert_eq!([1, 2, 3, 4, 5, 8, 9].map(gradient_sums), [1, 2, 3, 3, 4, 4, 5]);
+    }
+}
