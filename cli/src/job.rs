@@ -115,6 +115,7 @@ impl Job {
             spec: self.run.spec().clone(),
             store: self.run.store(),
             checkpoints: self.run.checkpoints().canonicalize()?,
+            ledger: self.run.ledger(),
             metrics: self.run.metrics(),
             data: self.prepared.dir.canonicalize()?,
             tokenizer: Some(self.prepared.dir.join("tokenizer.json")).filter(|t| t.exists()),

@@ -8,6 +8,7 @@
 //!     data.json                where the prepared data is
 //!     checkpoints/             see caravan-checkpoint
 //!     store/                   the coordinator's records
+//!     ledger.jsonl             what was committed, chained
 //!     logs/                    one file a process
 //!     metrics.jsonl            one line a committed step
 //!     address                  the coordinator's URL while it runs
@@ -227,6 +228,12 @@ impl RunDir {
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.path.join("logs")
+    }
+
+    /// The ledger of what was committed.
+    #[must_use]
+    pub fn ledger(&self) -> PathBuf {
+        self.path.join("ledger.jsonl")
     }
 
     /// The metrics file.

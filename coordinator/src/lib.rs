@@ -3,7 +3,8 @@
 //! ```text
 //!   workers ── gRPC ─┐                       ┌─ core (decides)
 //!                    ├─ listen ─ sessions ─ driver ─ store (remembers)
-//!   browser ─ HTTP ──┘     └─ http ─┐        ├─ checkpoints (manifests)
+//!   browser ─ HTTP ──┘     └─ http ─┐        ├─ ledger (what was committed)
+//!                                   │        ├─ checkpoints (manifests)
 //!                                   └──── journal (history, metrics file, live feed)
 //! ```
 //!
@@ -14,12 +15,15 @@
 //! put together).
 
 mod checkpoints;
+mod clock;
 mod driver;
 mod error;
 mod handle;
 mod history;
 mod http;
 mod journal;
+pub mod ledger;
+mod lines;
 mod listen;
 mod metrics;
 pub mod page;

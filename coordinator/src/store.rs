@@ -68,7 +68,8 @@ impl State {
     /// remembers which one was written, not whether its files are still whole).
     #[must_use]
     pub fn restored(&self, checkpoint: Option<Step>) -> Restored {
-        Restored { generation: self.generation, next_worker: self.next_worker, checkpoint }
+        let (generation, next_worker) = (self.generation, self.next_worker);
+        Restored { generation, next_worker, checkpoint, committed: None }
     }
 }
 

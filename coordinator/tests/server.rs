@@ -43,6 +43,7 @@ fn options(dir: &Path) -> Options {
         spec,
         store: dir.join("store"),
         checkpoints: dir.join("checkpoints"),
+        ledger: dir.join("ledger.jsonl"),
         metrics: dir.join("metrics.jsonl"),
         data: dir.join("data"),
         tokenizer: None,

@@ -50,6 +50,8 @@ impl Core {
     #[must_use]
     pub fn new(config: Config, restored: Restored, _now: Millis) -> Self {
         let table = SliceTable::new(&config.shape);
+        // What a checkpoint has needs nobody who remembers it.
+        let committed = restored.committed.filter(|c| Some(c.step) > restored.checkpoint);
         Self {
             config,
             table,
@@ -60,7 +62,7 @@ impl Core {
             plan: None,
             boundary: false,
             deadline: None,
-            committed: None,
+            committed,
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
             divergences: 0,
@@ -418,11 +420,11 @@ impl Core {
         if committed.generation != plan.generation || committed.step <= newest {
             return;
         }
-        let workers = plan.members.len() as u32;
+        let members = plan.members.iter().map(|m| m.worker).collect();
         self.members.clear_suspicions();
         self.divergences = 0;
         self.committed = Some(committed.clone());
-        out.push(Output::Committed { committed, workers });
+        out.push(Output::Committed { committed, members });
         self.consider(now, out);
     }
 

@@ -35,11 +35,11 @@ use serde::{Deserialize, Serialize};
 pub type Millis = u64;
 
 /// A connection, numbered by the driver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Session(pub u64);
 
 /// What the core needs to know of the run and its settings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Config {
     /// The model.
     pub shape: ModelShape,
@@ -59,7 +59,7 @@ pub struct Config {
 }
 
 /// What is known from before this coordinator started.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Restored {
     /// The newest generation that was ever announced.
     pub generation: Generation,
@@ -67,10 +67,12 @@ pub struct Restored {
     pub next_worker: u64,
     /// The newest intact checkpoint.
     pub checkpoint: Option<Step>,
+    /// The newest step that is known to have been committed.
+    pub committed: Option<Committed>,
 }
 
 /// What the core is told.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Input {
     /// Somebody wants to be a worker.
     Hello {
@@ -120,7 +122,7 @@ pub enum Record {
 }
 
 /// What the driver is told to do.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub enum Output {
     /// Make it durable.
     Persist(Record),
@@ -161,8 +163,8 @@ pub enum Output {
     Committed {
         /// The step, as the first member that spoke saw it.
         committed: Committed,
-        /// Members of the plan that committed it.
-        workers: u32,
+        /// Members of the plan that committed it, ascending.
+        members: Vec<WorkerId>,
     },
     /// The run is over and everybody has been told.
     End(Farewell),

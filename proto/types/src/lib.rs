@@ -6,6 +6,7 @@
 //! where a parameter lies in the flat model); decisions are made in the two cores.
 
 pub mod batch;
+pub mod exact;
 pub mod ids;
 pub mod lanes;
 pub mod message;
