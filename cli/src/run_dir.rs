@@ -8,7 +8,7 @@
 //!     data.json                where the prepared data is
 //!     checkpoints/             see caravan-checkpoint
 //!     store/                   the coordinator's records
-//!     ledger.jsonl             what was committed, chained
+//!     ledger.jsonl             what was committed; `caravan audit` reads it
 //!     logs/                    one file a process
 //!     metrics.jsonl            one line a committed step
 //!     address                  the coordinator's URL while it runs

@@ -1,5 +1,6 @@
 //! The subcommands.
 
+pub mod audit;
 pub mod config;
 pub mod coordinator;
 pub mod generate;
@@ -7,6 +8,6 @@ pub mod inspect;
 pub mod status;
 
 #[cfg(test)]
-mod testing;
+pub mod testing;
 pub mod train;
 pub mod worker;

@@ -159,10 +159,7 @@ impl fmt::Display for Disorder {
             Self::NotOpened => f.write_str("a ledger begins with the entry `open`, and this is another one"),
             Self::OpenedTwice => f.write_str("a second entry `open`: a ledger has one, in its first line"),
             Self::Step { last, found } if found <= last => {
-                write!(
-                    f,
-                    "step {found} is there again: the newest step before it was {last}, and no `back` undid it"
-                )
+                write!(f, "step {found} comes after step {last}, and no `back` lies between them")
             }
             Self::Step { last, found } if found.0 - last.0 == 2 => {
                 write!(f, "step {found} follows step {last}: step {} is missing", last.0 + 1)

@@ -172,8 +172,8 @@ async fn entries_that_cannot_follow_are_refused_though_their_hashes_fit() {
         (twice(0), 2, "a second entry `open`"),
         (without(2), 3, "step 3 follows step 1: step 2 is missing"),
         ([&good[..2], &good[4..]].concat(), 3, "steps 2 to 3 are missing"),
-        (twice(3), 5, "step 3 is there again"),
-        (without(6), 7, "step 3 is there again: the newest step before it was 5"),
+        (twice(3), 5, "step 3 comes after step 3, and no `back`"),
+        (without(6), 7, "step 3 comes after step 5"),
         (without(5), 6, "went back from step 5 to step 2, but its newest step was 4"),
     ];
     for (entries, number, words) in cases {
