@@ -41,6 +41,8 @@ enum Command {
     Inspect(commands::inspect::Args),
     /// Prove from its ledger that every sample of a run counted exactly once.
     Audit(commands::audit::Args),
+    /// Tell the coordinator's core again what it was told, and compare what it decides.
+    Replay(commands::replay::Args),
     /// Generate text from a checkpoint.
     Generate(commands::generate::Args),
     /// Show a run at this moment.
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Command::Config(args) => commands::config::run(&args, &mut out),
         Command::Inspect(args) => commands::inspect::run(&args, &mut out),
         Command::Audit(args) => commands::audit::run(&args, &mut out),
+        Command::Replay(args) => commands::replay::run(&args, &mut out),
         Command::Generate(args) => commands::generate::run(&args, &mut out),
         Command::Status(args) => commands::status::run(&args, &mut out),
     };

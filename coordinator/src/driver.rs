@@ -8,6 +8,7 @@
 
 use crate::CoordinatorError;
 use crate::checkpoints::Checkpoints;
+use crate::control::Recorder;
 use crate::journal::{JournalHandle, View};
 use crate::ledger::{Ledger, LedgerError};
 use crate::store::Store;
@@ -66,6 +67,7 @@ pub(crate) struct Parts<S> {
     pub core: Core,
     pub store: S,
     pub ledger: Ledger,
+    pub control: Recorder,
     pub journal: JournalHandle,
     pub checkpoints: Arc<Checkpoints>,
     /// What a worker is welcomed with, but for its id.
@@ -117,8 +119,10 @@ impl<S: Store> Driver<S> {
     pub(crate) async fn run(mut self) -> Result<Farewell, CoordinatorError> {
         let mut outputs = Vec::new();
         let farewell = loop {
-            let input = self.next_input().await?;
-            self.parts.core.handle(self.now(), input, &mut outputs);
+            let (input, now) = (self.next_input().await?, self.now());
+            let told = self.parts.control.told(now, &input);
+            self.parts.core.handle(now, input, &mut outputs);
+            self.parts.control.answered(told, &outputs);
             if let Err(error) = self.persist(&outputs).await {
                 break Err(error);
             }
@@ -137,6 +141,7 @@ impl<S: Store> Driver<S> {
             self.parts.journal.happened(failed, self.step()).await;
         }
         self.see_off().await;
+        self.parts.control.finish().await;
         self.parts.journal.flush().await;
         farewell
     }

@@ -5,6 +5,7 @@
 //!                    ├─ listen ─ sessions ─ driver ─ store (remembers)
 //!   browser ─ HTTP ──┘     └─ http ─┐        ├─ ledger (what was committed)
 //!                                   │        ├─ checkpoints (manifests)
+//!                                   │        ├─ control (what the core was told)
 //!                                   └──── journal (history, metrics file, live feed)
 //! ```
 //!
@@ -16,6 +17,7 @@
 
 mod checkpoints;
 mod clock;
+pub mod control;
 mod driver;
 mod error;
 mod handle;

@@ -62,6 +62,24 @@ impl Lines {
     }
 }
 
+/// Where the last whole line of a file ends, and how long the file is.
+pub(crate) fn whole_end(file: &mut File) -> io::Result<(u64, u64)> {
+    let length = file.seek(SeekFrom::End(0))?;
+    let mut end = length;
+    let mut block = vec![0; 1 << 16];
+    while end > 0 {
+        let start = end.saturating_sub(block.len() as u64);
+        let part = &mut block[..(end - start) as usize];
+        file.seek(SeekFrom::Start(start))?;
+        file.read_exact(part)?;
+        if let Some(at) = part.iter().rposition(|&byte| byte == b'\n') {
+            return Ok((start + at as u64 + 1, length));
+        }
+        end = start;
+    }
+    Ok((0, length))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,5 +98,19 @@ mod tests {
             read,
             [(1, 0, "one".into(), true), (2, 4, String::new(), true), (3, 5, "three".into(), false)]
         );
+    }
+
+    #[test]
+    fn the_end_of_the_last_whole_line_is_found_across_blocks_and_where_there_is_none() {
+        for (before, after) in [(0, 0), (0, 10), (1, 0), (70_000, 5), (5, 70_000), (65_536, 65_536)] {
+            let mut file = tempfile::tempfile().unwrap();
+            let mut bytes = vec![b'x'; before];
+            if let Some(last) = bytes.last_mut() {
+                *last = b'\n';
+            }
+            bytes.extend(vec![b'y'; after]);
+            file.write_all(&bytes).unwrap();
+            assert_eq!(whole_end(&mut file).unwrap(), (before as u64, (before + after) as u64));
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Puts a coordinator together and starts it.
 
 use crate::checkpoints::Checkpoints;
+use crate::control::Recorder;
 use crate::driver::{Driver, Parts};
 use crate::handle::Handle;
 use crate::ledger::Ledger;
@@ -38,6 +39,8 @@ pub struct Options {
     pub checkpoints: PathBuf,
     /// The ledger of what was committed.
     pub ledger: PathBuf,
+    /// The recording of what the core is told.
+    pub control: PathBuf,
     /// The metrics file.
     pub metrics: PathBuf,
     /// Folder of the prepared data, as every worker can reach it.
@@ -142,8 +145,11 @@ pub(crate) async fn start<S: Store>(
         let event = Event::CheckpointRefused { name: name.clone(), reason: reason.to_string() };
         journal.happened(event, base).await;
     }
+    let config = config(&options);
+    let control = Recorder::start(&options.control, &config, &restored);
     let parts = Parts {
-        core: Core::new(config(&options), restored, 0),
+        core: Core::new(config, restored, 0),
+        control,
         store,
         ledger,
         journal: journal.clone(),

@@ -25,6 +25,18 @@ fn fifty_steps_have_the_same_bits_on_one_two_three_workers_and_when_one_dies_and
     assert!(audit.status.success(), "{audit:?}");
     let report: serde_json::Value = serde_json::from_str(&audit.stdout).unwrap();
     assert_eq!((report["holds"].as_bool(), report["steps"].as_u64()), (Some(true), Some(50)), "{report}");
+
+    let replay = place.run(&["replay", "chaos"]);
+    assert!(replay.status.success() && replay.stdout.contains("were decided the same"), "{replay:?}");
+    let path = place.dir.path().join("chaos/control.jsonl");
+    let whole = std::fs::read_to_string(&path).unwrap();
+    // The death of the worker is taken out: what follows from it makes no sense any more.
+    let death = whole.lines().position(|line| line.contains("Closed")).unwrap();
+    let without = whole.split_inclusive('\n').enumerate().filter(|(n, _)| *n != death).map(|(_, line)| line);
+    std::fs::write(&path, without.collect::<String>()).unwrap();
+    let replay = place.run(&["replay", "chaos"]);
+    assert!(replay.error().contains("the core decides otherwise in line "), "{replay:?}");
+    assert!(replay.stdout.contains("the first input that was decided otherwise"), "{replay:?}");
 }
 
 #[test]
@@ -63,6 +75,10 @@ fn an_audit_proves_a_run_that_went_back_and_finds_what_was_done_to_its_ledger() 
         audit.stdout.contains("each of the 400 samples of its 50 steps counted exactly once"),
         "{audit:?}"
     );
+
+    let replay = place.run(&["replay", "run"]);
+    assert!(replay.status.success(), "{replay:?}");
+    assert_eq!(replay.stdout.matches("were decided the same").count(), 2, "one for each start: {replay:?}");
 
     let path = place.dir.path().join("run/ledger.jsonl");
     let whole = std::fs::read_to_string(&path).unwrap();

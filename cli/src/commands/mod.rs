@@ -5,6 +5,7 @@ pub mod config;
 pub mod coordinator;
 pub mod generate;
 pub mod inspect;
+pub mod replay;
 pub mod status;
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ pub type Millis = u64;
 pub struct Session(pub u64);
 
 /// What the core needs to know of the run and its settings.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// The model.
     pub shape: ModelShape,

@@ -68,8 +68,11 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
     assert_eq!(tail, None);
     prepare(&mut ledger);
     let checkpoints = Checkpoints { root: dir.path().join("checkpoints"), spec, tokenizer: None, keep: 1 };
+    let restored = State::default().restored(None);
+    let control = Recorder::start(&dir.path().join("control.jsonl"), &config, &restored);
     let parts = Parts {
-        core: Core::new(config, State::default().restored(None), 0),
+        core: Core::new(config, restored, 0),
+        control,
         store: GatedStore(appends),
         ledger,
         journal: journal.clone(),
