@@ -116,6 +116,8 @@ impl Job {
             spec: self.run.spec().clone(),
             store: self.run.store(),
             checkpoints: self.run.checkpoints().canonicalize()?,
+            ledger: self.run.ledger(),
+            control: self.run.control(),
             metrics: self.run.metrics(),
             data: self.prepared.dir.canonicalize()?,
             tokenizer: Some(self.prepared.dir.join("tokenizer.json")).filter(|t| t.exists()),

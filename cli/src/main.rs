@@ -1,11 +1,13 @@
 //! `caravan`, the one binary. Each subcommand is a module with its arguments and its `run`;
 //! here they are only put together, and errors are told in one way.
 
+mod audit;
 mod commands;
 mod config;
 mod estimate;
 mod job;
 mod preparing;
+mod run_data;
 mod run_dir;
 mod supervisor;
 mod telemetry;
@@ -37,6 +39,10 @@ enum Command {
     Config(commands::config::Args),
     /// Show what a step was, or will be, trained on: tokens, text, sources, loss mask.
     Inspect(commands::inspect::Args),
+    /// Prove from its ledger that every sample of a run counted exactly once.
+    Audit(commands::audit::Args),
+    /// Tell the coordinator's core again what it was told, and compare what it decides.
+    Replay(commands::replay::Args),
     /// Generate text from a checkpoint.
     Generate(commands::generate::Args),
     /// Show a run at this moment.
@@ -67,6 +73,8 @@ fn main() -> ExitCode {
         },
         Command::Config(args) => commands::config::run(&args, &mut out),
         Command::Inspect(args) => commands::inspect::run(&args, &mut out),
+        Command::Audit(args) => commands::audit::run(&args, &mut out),
+        Command::Replay(args) => commands::replay::run(&args, &mut out),
         Command::Generate(args) => commands::generate::run(&args, &mut out),
         Command::Status(args) => commands::status::run(&args, &mut out),
     };

@@ -8,6 +8,8 @@
 //!     data.json                where the prepared data is
 //!     checkpoints/             see caravan-checkpoint
 //!     store/                   the coordinator's records
+//!     ledger.jsonl             what was committed; `caravan audit` reads it
+//!     control.jsonl            what the coordinator was told; `caravan replay` reads it
 //!     logs/                    one file a process
 //!     metrics.jsonl            one line a committed step
 //!     address                  the coordinator's URL while it runs
@@ -227,6 +229,18 @@ impl RunDir {
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.path.join("logs")
+    }
+
+    /// The ledger of what was committed.
+    #[must_use]
+    pub fn ledger(&self) -> PathBuf {
+        self.path.join("ledger.jsonl")
+    }
+
+    /// The recording of what the coordinator was told.
+    #[must_use]
+    pub fn control(&self) -> PathBuf {
+        self.path.join("control.jsonl")
     }
 
     /// The metrics file.

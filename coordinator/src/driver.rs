@@ -1,14 +1,16 @@
-//! The loop around the core: input → core → persist → send → publish.
+//! The loop around the core: input → core → ledger → persist → send → publish.
 //!
-//! One actor owns the core, the store and the ends of all sessions. It is the only place that
+//! One actor owns the core, the store, the ledger and the ends of all sessions. It is the only place that
 //! carries outputs out, so that the core's contract can be read off [`Driver::run`]: one input at
 //! a time, and every record of an input durable before anything that the input led to is seen
-//! outside. A store that fails ends the run: going on would mean answering without knowing what
-//! is remembered.
+//! outside. A store or a ledger that fails ends the run: going on would mean answering without
+//! knowing what is remembered.
 
 use crate::CoordinatorError;
 use crate::checkpoints::Checkpoints;
+use crate::control::Recorder;
 use crate::journal::{JournalHandle, View};
+use crate::ledger::{Ledger, LedgerError};
 use crate::store::Store;
 use crate::trace::Trace;
 use caravan_coordinator_core::{Core, Input, Millis, Output, Record, Session};
@@ -64,6 +66,8 @@ struct Link {
 pub(crate) struct Parts<S> {
     pub core: Core,
     pub store: S,
+    pub ledger: Ledger,
+    pub control: Recorder,
     pub journal: JournalHandle,
     pub checkpoints: Arc<Checkpoints>,
     /// What a worker is welcomed with, but for its id.
@@ -87,7 +91,7 @@ pub(crate) struct Driver<S> {
     saving: JoinSet<Input>,
     trace: Trace,
     shown: Shown,
-    /// Whether the store failed.
+    /// Whether the store or the ledger failed.
     broken: bool,
 }
 
@@ -115,8 +119,10 @@ impl<S: Store> Driver<S> {
     pub(crate) async fn run(mut self) -> Result<Farewell, CoordinatorError> {
         let mut outputs = Vec::new();
         let farewell = loop {
-            let input = self.next_input().await?;
-            self.parts.core.handle(self.now(), input, &mut outputs);
+            let (input, now) = (self.next_input().await?, self.now());
+            let told = self.parts.control.told(now, &input);
+            self.parts.core.handle(now, input, &mut outputs);
+            self.parts.control.answered(told, &outputs);
             if let Err(error) = self.persist(&outputs).await {
                 break Err(error);
             }
@@ -132,11 +138,17 @@ impl<S: Store> Driver<S> {
         if let Err(error) = &farewell {
             self.broken = true;
             let failed = Event::Failed { reason: error.to_string() };
-            self.parts.journal.happened(failed, self.parts.core.step()).await;
+            self.parts.journal.happened(failed, self.step()).await;
         }
         self.see_off().await;
+        self.parts.control.finish().await;
         self.parts.journal.flush().await;
         farewell
+    }
+
+    /// The newest committed step as people may know it: it is in the ledger.
+    fn step(&self) -> Step {
+        self.parts.core.step().min(self.parts.ledger.last())
     }
 
     fn now(&self) -> Millis {
@@ -196,8 +208,11 @@ impl<S: Store> Driver<S> {
         }
     }
 
-    /// Makes all records of an input durable at once, which is earlier than the contract asks.
+    /// Writes down what an input led to before anybody sees it: the ledger first, so that
+    /// whatever the store remembers has its history there.
     async fn persist(&mut self, outputs: &[Output]) -> Result<(), CoordinatorError> {
+        self.enter(outputs).await?;
+        // All records of an input at once, which is earlier than the core's contract asks.
         let records = outputs.iter().filter_map(|output| match output {
             Output::Persist(record) => Some(record.clone()),
             _ => None,
@@ -207,6 +222,22 @@ impl<S: Store> Driver<S> {
             return Ok(());
         }
         Ok(self.parts.store.append(&records).await?)
+    }
+
+    /// Writes committed steps and ways back into the ledger, and makes it durable where something
+    /// follows that outlives a crash of the host.
+    async fn enter(&mut self, outputs: &[Output]) -> Result<(), LedgerError> {
+        let ledger = &mut self.parts.ledger;
+        for output in outputs {
+            match output {
+                Output::Committed { committed, members } => ledger.step(committed, members).await?,
+                Output::Persist(Record::Plan(plan)) => ledger.goes_on_from(plan.base).await?,
+                _ => {}
+            }
+        }
+        let outlives =
+            |o: &Output| matches!(o, Output::Persist(_) | Output::Complete { .. } | Output::End(_));
+        if outputs.iter().any(outlives) { ledger.sync().await } else { Ok(()) }
     }
 
     /// Starts to complete the oldest checkpoint that waits, unless another one is at it.
@@ -238,9 +269,10 @@ impl<S: Store> Driver<S> {
             }
             Output::Note(event) => {
                 self.trace.happened(&event);
-                self.parts.journal.happened(event, self.parts.core.step()).await;
+                self.parts.journal.happened(event, self.step()).await;
             }
-            Output::Committed { committed, workers } => {
+            Output::Committed { committed, members } => {
+                let workers = members.len() as u32;
                 self.trace.committed(&committed, workers);
                 self.parts.journal.committed(committed, workers, Instant::now()).await;
             }
@@ -298,7 +330,7 @@ impl<S: Store> Driver<S> {
         self.shown = Shown { at: now, what, stale: false };
         let (phase, generation, checkpoint) = what;
         let workers = core.workers(self.now());
-        let view = View { phase, generation, step: core.step(), checkpoint, workers };
+        let view = View { phase, generation, step: self.step(), checkpoint, workers };
         self.parts.journal.view(view).await;
     }
 

@@ -1,5 +1,6 @@
 //! What can go wrong with a coordinator as a whole.
 
+use crate::ledger::LedgerError;
 use crate::store::StoreError;
 use std::io;
 use std::net::SocketAddr;
@@ -30,6 +31,9 @@ pub enum CoordinatorError {
     /// The store cannot be opened or written.
     #[error("the coordinator's store: {0}")]
     Store(#[from] StoreError),
+    /// The ledger cannot be opened or written.
+    #[error("{0}")]
+    Ledger(#[from] LedgerError),
     /// The metrics file cannot be opened.
     #[error("cannot open the metrics file {}: {source}", path.display())]
     Metrics {

@@ -10,6 +10,7 @@
 
 mod file;
 
+use crate::clock::unix_ms;
 use crate::history::History;
 use crate::metrics::Metrics;
 use caravan_types::message::Committed;
@@ -20,7 +21,6 @@ use serde::Serialize;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -278,12 +278,6 @@ fn answer<T>(reply: oneshot::Sender<T>, value: T) {
 fn kind(event: &Event) -> String {
     let json = serde_json::to_value(event).unwrap_or_default();
     json["kind"].as_str().unwrap_or("unknown").to_owned()
-}
-
-/// The time of day, for people.
-fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -3,7 +3,9 @@
 //! ```text
 //!   workers ── gRPC ─┐                       ┌─ core (decides)
 //!                    ├─ listen ─ sessions ─ driver ─ store (remembers)
-//!   browser ─ HTTP ──┘     └─ http ─┐        ├─ checkpoints (manifests)
+//!   browser ─ HTTP ──┘     └─ http ─┐        ├─ ledger (what was committed)
+//!                                   │        ├─ checkpoints (manifests)
+//!                                   │        ├─ control (what the core was told)
 //!                                   └──── journal (history, metrics file, live feed)
 //! ```
 //!
@@ -14,12 +16,16 @@
 //! put together).
 
 mod checkpoints;
+mod clock;
+pub mod control;
 mod driver;
 mod error;
 mod handle;
 mod history;
 mod http;
 mod journal;
+pub mod ledger;
+mod lines;
 mod listen;
 mod metrics;
 pub mod page;

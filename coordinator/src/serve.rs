@@ -1,13 +1,15 @@
 //! Puts a coordinator together and starts it.
 
 use crate::checkpoints::Checkpoints;
+use crate::control::Recorder;
 use crate::driver::{Driver, Parts};
 use crate::handle::Handle;
+use crate::ledger::Ledger;
 use crate::sessions::Service;
-use crate::store::{FileStore, State, Store};
+use crate::store::{FileStore, Store};
 use crate::{BadSetting, CoordinatorError, http, journal, listen};
 use caravan_checkpoint::Refused;
-use caravan_coordinator_core::{Config, Core};
+use caravan_coordinator_core::{Config, Core, Restored};
 use caravan_types::message::Welcome;
 use caravan_types::status::Event;
 use caravan_types::{RunSpec, Step, WorkerId};
@@ -35,6 +37,10 @@ pub struct Options {
     pub store: PathBuf,
     /// Folder of the checkpoints, as every worker can reach it.
     pub checkpoints: PathBuf,
+    /// The ledger of what was committed.
+    pub ledger: PathBuf,
+    /// The recording of what the core is told.
+    pub control: PathBuf,
     /// The metrics file.
     pub metrics: PathBuf,
     /// Folder of the prepared data, as every worker can reach it.
@@ -90,18 +96,25 @@ impl Running {
 /// Starts a coordinator.
 ///
 /// # Errors
-/// Where a setting cannot work, the port is taken, or the store or the metrics file cannot be
-/// used. Nothing runs then.
+/// Where a setting cannot work, the port is taken, or the store, the ledger or the metrics file
+/// cannot be used. Nothing runs then.
 pub async fn serve(options: Options) -> Result<Running, CoordinatorError> {
     check(&options)?;
     let listener = listen::bind(options.listen).await?;
-    let folder = options.store.clone();
-    let opened = tokio::task::spawn_blocking(move || FileStore::open(&folder)).await;
-    let (store, state) = opened.map_err(|_| CoordinatorError::Crashed)??;
+    let (folder, path) = (options.store.clone(), options.ledger.clone());
+    let (spec, checkpoint) = (options.spec.clone(), options.checkpoint);
+    // The store's lock keeps a second coordinator away from the ledger, too.
+    let open = move || -> Result<_, CoordinatorError> {
+        let (store, state) = FileStore::open(&folder)?;
+        Ok((store, state, Ledger::open(&path, &spec, checkpoint)?))
+    };
+    let opened = tokio::task::spawn_blocking(open).await;
+    let (store, state, (ledger, committed)) = opened.map_err(|_| CoordinatorError::Crashed)??;
     if let Some(lost) = state.checkpoint.filter(|&step| Some(step) > options.checkpoint) {
         tracing::warn!(step = lost.0, "the checkpoint that was completed last is not usable any more");
     }
-    start(options, listener, store, &state).await
+    let restored = Restored { committed, ..state.restored(options.checkpoint, options.recover) };
+    start(options, listener, store, ledger, restored).await
 }
 
 fn check(options: &Options) -> Result<(), BadSetting> {
@@ -117,18 +130,21 @@ fn check(options: &Options) -> Result<(), BadSetting> {
     Ok(())
 }
 
-/// Starts journal, driver and server on a store that is open.
+/// Starts journal, driver and server on a store and a ledger that are open.
 pub(crate) async fn start<S: Store>(
     options: Options,
     listener: TcpListener,
     store: S,
-    state: &State,
+    ledger: Ledger,
+    restored: Restored,
 ) -> Result<Running, CoordinatorError> {
     let address = listener.local_addr();
     let address = address.map_err(|source| CoordinatorError::Listen { address: options.listen, source })?;
     let welcome = welcome(&options)?;
     let detect = Duration::from_millis(options.detect_ms);
-    let base = options.checkpoint.unwrap_or(Step(0));
+    // Where members may be alive, what was committed since the checkpoint is no history yet.
+    let alive = restored.committed.as_ref().filter(|_| restored.plan.is_some()).map(|c| c.step);
+    let base = alive.max(options.checkpoint).unwrap_or(Step(0));
     let journal = journal::start(&options.metrics, &options.spec, base)
         .map_err(|source| CoordinatorError::Metrics { path: options.metrics.clone(), source })?;
     for Refused { name, reason } in &options.refused {
@@ -136,9 +152,13 @@ pub(crate) async fn start<S: Store>(
         let event = Event::CheckpointRefused { name: name.clone(), reason: reason.to_string() };
         journal.happened(event, base).await;
     }
+    let config = config(&options);
+    let control = Recorder::start(&options.control, &config, &restored);
     let parts = Parts {
-        core: Core::new(config(&options), state.restored(options.checkpoint, options.recover), 0),
+        core: Core::new(config, restored, 0),
+        control,
         store,
+        ledger,
         journal: journal.clone(),
         welcome,
         checkpoints: Arc::new(Checkpoints {

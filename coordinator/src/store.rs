@@ -70,8 +70,9 @@ impl State {
     /// whether workers of an earlier start may be alive.
     #[must_use]
     pub fn restored(&self, checkpoint: Option<Step>, alive: bool) -> Restored {
+        let (generation, next_worker) = (self.generation, self.next_worker);
         let plan = self.plan.clone().filter(|_| alive);
-        Restored { generation: self.generation, next_worker: self.next_worker, checkpoint, plan }
+        Restored { generation, next_worker, checkpoint, committed: None, plan }
     }
 }
 

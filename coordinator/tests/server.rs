@@ -44,6 +44,8 @@ fn options(dir: &Path) -> Options {
         spec,
         store: dir.join("store"),
         checkpoints: dir.join("checkpoints"),
+        ledger: dir.join("ledger.jsonl"),
+        control: dir.join("control.jsonl"),
         metrics: dir.join("metrics.jsonl"),
         data: dir.join("data"),
         tokenizer: None,

@@ -21,6 +21,22 @@ fn fifty_steps_have_the_same_bits_on_one_two_three_workers_and_when_one_dies_and
     let ended = train.end();
     assert_eq!(ended.weights(), quiet, "{}", ended.stderr);
     assert!(joined.end().status.success());
+    let audit = place.run(&["audit", "chaos", "--json"]);
+    assert!(audit.status.success(), "{audit:?}");
+    let report: serde_json::Value = serde_json::from_str(&audit.stdout).unwrap();
+    assert_eq!((report["holds"].as_bool(), report["steps"].as_u64()), (Some(true), Some(50)), "{report}");
+
+    let replay = place.run(&["replay", "chaos"]);
+    assert!(replay.status.success() && replay.stdout.contains("were decided the same"), "{replay:?}");
+    let path = place.dir.path().join("chaos/control.jsonl");
+    let whole = std::fs::read_to_string(&path).unwrap();
+    // The death of the worker is taken out: what follows from it makes no sense any more.
+    let death = whole.lines().position(|line| line.contains("Closed")).unwrap();
+    let without = whole.split_inclusive('\n').enumerate().filter(|(n, _)| *n != death).map(|(_, line)| line);
+    std::fs::write(&path, without.collect::<String>()).unwrap();
+    let replay = place.run(&["replay", "chaos"]);
+    assert!(replay.error().contains("the core decides otherwise in line "), "{replay:?}");
+    assert!(replay.stdout.contains("the first input that was decided otherwise"), "{replay:?}");
 }
 
 #[test]
@@ -126,6 +142,42 @@ fn last_step(place: &Place) -> u64 {
     let text = std::fs::read_to_string(place.dir.path().join("run/metrics.jsonl")).unwrap();
     let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
     lines.filter_map(|v| v["step"].as_u64()).next_back().unwrap()
+}
+
+#[test]
+fn an_audit_proves_a_run_that_went_back_and_finds_what_was_done_to_its_ledger() {
+    let place = Place::new();
+    let train = place.train("run", &[]);
+    place.save("run", 10);
+    // Further than the checkpoint, so that there is something to go back from.
+    place.reach("run", 12);
+    let workers = train.children();
+    train.signal("KILL");
+    workers.iter().for_each(|w| kill(*w, "KILL"));
+    drop(train);
+    let ended = place.train("run", &[]).end();
+    assert!(ended.status.success() && ended.stderr.contains("the run goes back from step"), "{ended:?}");
+
+    let audit = place.run(&["audit", "run"]);
+    assert!(audit.status.success(), "{audit:?}");
+    assert!(audit.stdout.contains("steps 1 to 50, each once; the run went back once"), "{}", audit.stdout);
+    assert!(
+        audit.stdout.contains("each of the 400 samples of its 50 steps counted exactly once"),
+        "{audit:?}"
+    );
+
+    let replay = place.run(&["replay", "run"]);
+    assert!(replay.status.success(), "{replay:?}");
+    assert_eq!(replay.stdout.matches("were decided the same").count(), 2, "one for each start: {replay:?}");
+
+    let path = place.dir.path().join("run/ledger.jsonl");
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let without: Vec<&str> =
+        whole.split_inclusive('\n').enumerate().filter(|(n, _)| *n != 5).map(|(_, l)| l).collect();
+    std::fs::write(&path, without.concat()).unwrap();
+    let audit = place.run(&["audit", "run"]);
+    assert!(audit.stdout.contains("step 6 follows step 4: step 5 is missing"), "{audit:?}");
+    assert!(audit.error().contains("checks do not hold"), "{audit:?}");
 }
 
 #[test]

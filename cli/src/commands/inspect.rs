@@ -1,13 +1,12 @@
 //! `caravan inspect`: what a step was, or will be, trained on.
 
-use crate::Outcome;
 use crate::estimate::grouped;
 use crate::run_dir::RunDir;
-use caravan_data::{Dataset, Sampler, SequenceView, StepBatch};
-use caravan_types::{Digest, Step};
+use crate::{Outcome, run_data};
+use caravan_data::{SequenceView, StepBatch};
+use caravan_types::Step;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
 
 /// What the subcommand takes.
 #[derive(clap::Args)]
@@ -27,12 +26,6 @@ pub struct Args {
 enum InspectError {
     #[error("the run {run} ends with step {steps}, there is no step {step}")]
     AfterTheEnd { run: String, steps: u64, step: u64 },
-    #[error(
-        "{} holds other data than the run was started with (hash {found}, not {expected}): train once more with the \
-         run's data, or restore that folder",
-        dir.display()
-    )]
-    OtherData { dir: PathBuf, expected: Digest, found: Digest },
 }
 
 /// Prints the batch of a step.
@@ -43,13 +36,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
         let (run, steps) = (spec.name.clone(), spec.recipe.steps);
         return Err(InspectError::AfterTheEnd { run, steps, step: args.step }.into());
     }
-    let dir = run.data()?;
-    let data = Dataset::open(&dir)?;
-    if data.spec() != spec.data {
-        let (expected, found) = (spec.data.digest, data.spec().digest);
-        return Err(InspectError::OtherData { dir, expected, found }.into());
-    }
-    let sampler = Sampler::new(Arc::new(data), spec.seed, spec.batch)?;
+    let sampler = run_data::sampler(&run)?;
     let batch = sampler.describe(Step(args.step))?;
     if args.json {
         serde_json::to_writer_pretty(&mut *out, &batch)?;

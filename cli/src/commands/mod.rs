@@ -1,12 +1,14 @@
 //! The subcommands.
 
+pub mod audit;
 pub mod config;
 pub mod coordinator;
 pub mod generate;
 pub mod inspect;
+pub mod replay;
 pub mod status;
 
 #[cfg(test)]
-mod testing;
+pub mod testing;
 pub mod train;
 pub mod worker;

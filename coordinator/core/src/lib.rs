@@ -13,10 +13,11 @@
 //!
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
 //! survivors' reports add up to; `hang` finds who stands still; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
-//! `saves` watches checkpoints being written.
+//! `saves` watches checkpoints being written, `ending` is how a run ends.
 
 mod around;
 mod core;
+mod ending;
 mod hang;
 mod members;
 mod owners;
@@ -38,11 +39,11 @@ use serde::{Deserialize, Serialize};
 pub type Millis = u64;
 
 /// A connection, numbered by the driver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Session(pub u64);
 
 /// What the core needs to know of the run and its settings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// The model.
     pub shape: ModelShape,
@@ -64,7 +65,7 @@ pub struct Config {
 }
 
 /// What is known from before this coordinator started.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Restored {
     /// The newest generation that was ever announced.
     pub generation: Generation,
@@ -75,10 +76,12 @@ pub struct Restored {
     /// The plan that was in force, where its members may be alive and stepping: they are waited
     /// for.
     pub plan: Option<Plan>,
+    /// The newest step that is known to have been committed.
+    pub committed: Option<Committed>,
 }
 
 /// What the core is told.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Input {
     /// Somebody wants to be a worker.
     Hello {
@@ -130,7 +133,7 @@ pub enum Record {
 }
 
 /// What the driver is told to do.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub enum Output {
     /// Make it durable.
     Persist(Record),
@@ -173,8 +176,8 @@ pub enum Output {
     Committed {
         /// The step, as the first member that spoke saw it.
         committed: Committed,
-        /// Members of the plan that committed it.
-        workers: u32,
+        /// Members of the plan that committed it, ascending.
+        members: Vec<WorkerId>,
     },
     /// The run is over and everybody has been told.
     End(Farewell),

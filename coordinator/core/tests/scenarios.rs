@@ -134,6 +134,10 @@ impl Stage {
             next_worker: words.number("next_worker", 1),
             checkpoint: words.named.get("checkpoint").map(|s| Step(s.parse().unwrap())),
             plan: words.named.get("members").map(|list| restored_plan(words, list)),
+            committed: words
+                .named
+                .get("committed")
+                .map(|s| committed(Generation(0), Step(s.parse().unwrap()))),
         };
         Self { core: Core::new(config, restored, 0), now: 0 }
     }
@@ -216,10 +220,7 @@ fn message(words: &Words<'_>) -> FromWorker {
         "leaves" => FromWorker::Leaving,
         "lost" => FromWorker::PeerLost { generation, peer: WorkerId(words.id(2)) },
         "diverged" => FromWorker::Diverged { generation, step, slice: SliceId(0) },
-        "commits" => {
-            let norm = step.0 as f64 + 0.5;
-            FromWorker::Committed(Committed { generation, step, loss: 2.5, norm, tokens: 8, took_ms: 10 })
-        }
+        "commits" => FromWorker::Committed(committed(generation, step)),
         "reports" => FromWorker::Report(Report {
             generation,
             applied: step,
@@ -237,6 +238,10 @@ fn message(words: &Words<'_>) -> FromWorker {
         }
         other => panic!("{other} in {:?}", words.line),
     }
+}
+
+fn committed(generation: Generation, step: Step) -> Committed {
+    Committed { generation, step, loss: 2.5, norm: step.0 as f64 + 0.5, tokens: 8, took_ms: 10 }
 }
 
 fn shown(output: &Output) -> String {
@@ -267,8 +272,8 @@ fn shown(output: &Output) -> String {
             format!("complete step {step} of {generation} from {}", files.join(" "))
         }
         Output::Note(event) => format!("note: {event}"),
-        Output::Committed { committed, workers } => {
-            format!("committed step {} by {workers} workers", committed.step)
+        Output::Committed { committed, members } => {
+            format!("committed step {} by {} workers", committed.step, members.len())
         }
         Output::End(farewell) => format!("end: {farewell}"),
     }

@@ -38,6 +38,11 @@ struct Bench {
 
 /// A driver for `workers` workers with a failure budget of a minute.
 fn bench(workers: u32) -> Bench {
+    bench_with(workers, |_| {})
+}
+
+/// The same, with something done to its ledger first.
+fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let spec = spec();
     let config = Config {
@@ -62,10 +67,17 @@ fn bench(workers: u32) -> Bench {
         checkpoints: String::new(),
         committed: Step(0),
     };
+    let (mut ledger, tail) = Ledger::open(&dir.path().join("ledger.jsonl"), &spec, None).unwrap();
+    assert_eq!(tail, None);
+    prepare(&mut ledger);
     let checkpoints = Checkpoints { root: dir.path().join("checkpoints"), spec, tokenizer: None, keep: 1 };
+    let restored = State::default().restored(None, false);
+    let control = Recorder::start(&dir.path().join("control.jsonl"), &config, &restored);
     let parts = Parts {
-        core: Core::new(config, State::default().restored(None, false), 0),
+        core: Core::new(config, restored, 0),
+        control,
         store: GatedStore(appends),
+        ledger,
         journal: journal.clone(),
         checkpoints: Arc::new(checkpoints),
         welcome,
@@ -201,6 +213,31 @@ async fn a_store_that_fails_ends_the_run_and_nothing_is_said() {
     assert_eq!(b.journal.snapshot().phase, Phase::Failed);
     let events = b.journal.events(0).await;
     assert!(matches!(&events[0].event, Event::Failed { reason } if *reason == error), "{events:?}");
+}
+
+#[tokio::test]
+async fn a_ledger_that_cannot_be_written_ends_the_run_and_nobody_is_shown_the_step() {
+    let mut b = bench_with(1, Ledger::fill_disk);
+    let _open = b.open_the_gate();
+    let mut inbox = b.join(0, OUTBOX).await;
+    while let Some(message) = inbox.recv().await {
+        match message.unwrap() {
+            Down::Message(ToWorker::Stop { generation, .. }) => b.say(0, report(generation)).await,
+            Down::Message(ToWorker::Plan(plan)) => {
+                let (generation, step) = (plan.generation, Step(1));
+                let committed =
+                    Committed { generation, step, loss: 5.0, norm: 1.0, tokens: 100, took_ms: 10 };
+                b.say(0, FromWorker::Committed(committed)).await;
+            }
+            _ => {}
+        }
+    }
+    b.requests.send(Request::Closed { session: Session(0) }).await.unwrap();
+    let error = b.outcome.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("ledger.jsonl") && error.contains("Free some space"), "{error}");
+    let snapshot = b.journal.snapshot();
+    assert_eq!((snapshot.phase, snapshot.step), (Phase::Failed, Step(0)));
+    assert!(b.journal.steps(Step(0)).await.is_empty());
 }
 
 #[tokio::test]

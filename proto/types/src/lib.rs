@@ -7,6 +7,7 @@
 
 pub mod batch;
 pub mod cost;
+pub mod exact;
 pub mod ids;
 pub mod lanes;
 pub mod message;

@@ -169,6 +169,7 @@ pub struct Report {
     /// The newest step that it has applied.
     pub applied: Step,
     /// The global gradient norm of that step, where known.
+    #[serde(with = "crate::exact::option")]
     pub norm: Option<f64>,
     /// The slices whose training state it holds at `applied`.
     pub state: SliceSet,
@@ -186,8 +187,10 @@ pub struct Committed {
     /// The step.
     pub step: Step,
     /// Mean loss over the counted tokens of the global batch, in nats.
+    #[serde(with = "crate::exact")]
     pub loss: f64,
     /// Global gradient norm before clipping.
+    #[serde(with = "crate::exact")]
     pub norm: f64,
     /// Counted tokens of the global batch.
     pub tokens: u64,

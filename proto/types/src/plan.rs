@@ -13,6 +13,7 @@ pub struct Plan {
     pub base: Step,
     /// The global gradient norm of step `base`: a member that is one step behind and
     /// prepared applies `base` with it. None where no member can be behind.
+    #[serde(with = "crate::exact::option")]
     pub norm: Option<f64>,
     /// The members, ascending by id.
     pub members: Vec<Member>,

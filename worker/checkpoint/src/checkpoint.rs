@@ -53,6 +53,16 @@ pub fn newest_intact(root: &Path) -> Result<Found, CheckpointError> {
     Ok(Found { checkpoint: None, refused })
 }
 
+/// The steps that have a complete checkpoint in a folder, by its name, newest first; whether it
+/// is intact is for [`Checkpoint::of_step`] to say.
+///
+/// # Errors
+/// Where the folder cannot be listed.
+pub fn complete_steps(root: &Path) -> Result<Vec<Step>, CheckpointError> {
+    let complete = folder::list(root)?.into_iter().filter(|(_, kind, _)| *kind == Kind::Complete);
+    Ok(complete.map(|(step, ..)| step).collect())
+}
+
 impl Checkpoint {
     /// Opens the complete checkpoint of a step.
     ///

@@ -1,0 +1,131 @@
+//! Checkpoints, and how a run ends: finished, drained or failed, with everything written down
+//! that a later start needs.
+
+use crate::regroup::Agreement;
+use crate::{Core, Millis, Output, Record};
+use caravan_types::message::{Farewell, ToWorker};
+use caravan_types::status::{Event, LossReason, Phase};
+use caravan_types::task::SavedPart;
+use caravan_types::{Generation, SliceSet, Step, WorkerId};
+use std::collections::BTreeMap;
+
+impl Core {
+    pub(crate) fn saved(
+        &mut self,
+        now: Millis,
+        generation: Generation,
+        step: Step,
+        part: Result<SavedPart, String>,
+        out: &mut Vec<Output>,
+    ) {
+        match part {
+            Ok(part) => {
+                if let Some(parts) = self.saves.add(generation, step, part, self.table.len()) {
+                    out.push(Output::Complete { generation, step, parts });
+                }
+            }
+            Err(reason) => {
+                self.saves.give_up(generation, step);
+                self.completed(now, step, Err(reason), out);
+            }
+        }
+    }
+
+    pub(crate) fn completed(
+        &mut self,
+        now: Millis,
+        step: Step,
+        result: Result<(), String>,
+        out: &mut Vec<Output>,
+    ) {
+        let last = step.0 >= self.config.steps;
+        match result {
+            Ok(()) => {
+                self.checkpoint = self.checkpoint.max(Some(step));
+                out.push(Output::Persist(Record::Checkpoint(step)));
+                out.push(Output::Note(Event::CheckpointWritten { step }));
+                if last {
+                    self.end(Phase::Finished, Event::Finished { step }, Farewell::Finished, out);
+                } else if self.phase == Phase::Draining {
+                    self.release(now, step, out);
+                }
+            }
+            Err(reason) => {
+                out.push(Output::Note(Event::CheckpointFailed { step, reason: reason.clone() }));
+                if last || self.phase == Phase::Draining {
+                    let reason =
+                        format!("its last checkpoint, of step {step}, could not be written: {reason}");
+                    self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn drain(&mut self, now: Millis, out: &mut Vec<Output>) {
+        if self.draining {
+            return;
+        }
+        self.draining = true;
+        out.push(Output::Note(Event::Draining));
+        match self.phase {
+            // No plan yet: there is nothing that a checkpoint would keep.
+            Phase::Gathering => {
+                let step = self.checkpoint.unwrap_or_default();
+                self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+            }
+            _ => self.consider(now, out),
+        }
+    }
+
+    /// Everybody has stopped at the same step: it is written down before they go.
+    pub(crate) fn save(&mut self, now: Millis, agreement: &Agreement, out: &mut Vec<Output>) {
+        let step = agreement.start.base;
+        self.phase = Phase::Draining;
+        if self.checkpoint == Some(step) {
+            return self.release(now, step, out);
+        }
+        let mut share: BTreeMap<WorkerId, SliceSet> = BTreeMap::new();
+        for (slice, _) in self.table.iter() {
+            let holders = agreement.holdings.iter().filter(|(_, h)| h.state.contains(slice)).map(|(w, _)| *w);
+            if let Some(worker) = holders.min_by_key(|w| (share.get(w).map_or(0, SliceSet::len), *w)) {
+                share.entry(worker).or_default().insert(slice);
+            }
+        }
+        for (worker, slices) in share {
+            let message = ToWorker::Save { generation: self.generation, step, slices };
+            out.push(Output::Send { worker, message });
+        }
+    }
+
+    /// What was to be written is written: the run is drained, or, where all workers asked to
+    /// leave, waits for others.
+    fn release(&mut self, now: Millis, step: Step, out: &mut Vec<Output>) {
+        if self.draining {
+            return self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
+        }
+        for worker in self.members.ids() {
+            self.dismiss(worker, out);
+        }
+        self.consider(now, out);
+    }
+
+    /// Lets a worker go that asked to.
+    pub(crate) fn dismiss(&mut self, worker: WorkerId, out: &mut Vec<Output>) {
+        out.push(Output::Send { worker, message: ToWorker::Goodbye(Farewell::Left) });
+        out.push(Output::Note(Event::Lost { worker, reason: LossReason::Left }));
+        self.members.remove(worker);
+    }
+
+    pub(crate) fn end(&mut self, phase: Phase, event: Event, farewell: Farewell, out: &mut Vec<Output>) {
+        self.phase = phase;
+        self.deadline = None;
+        if self.plan.is_some() {
+            out.push(Output::Persist(Record::Disbanded));
+        }
+        out.push(Output::Note(event));
+        for worker in self.members.ids() {
+            out.push(Output::Send { worker, message: ToWorker::Goodbye(farewell) });
+        }
+        out.push(Output::End(farewell));
+    }
+}
