@@ -5,8 +5,8 @@ use crate::preparing::Preparing;
 use crate::run_dir::{RunDir, RunDirError};
 use crate::say;
 use crate::telemetry::{self, Guard, LogTarget};
-use caravan_checkpoint::{Found, Refused, newest_intact};
-use caravan_coordinator::Options;
+use caravan_checkpoint::{Found, Refused, newest_intact_until};
+use caravan_coordinator::{Options, ledger};
 use caravan_data::{DataError, Dataset, Prepared, Sampler, prepare};
 use caravan_kernels::Family;
 use caravan_types::{DataSpec, RunSpec, Step};
@@ -86,7 +86,8 @@ impl Job {
         let run = RunDir::start(&path, &spec, &prepared.dir)?;
         let log = run.logs().join("coordinator.log");
         let telemetry = telemetry::init("coordinator", &LogTarget::File(log.clone()))?;
-        let found = newest_intact(&run.checkpoints())?;
+        let history = ledger::newest(&run.ledger())?;
+        let found = newest_intact_until(&run.checkpoints(), history)?;
         for Refused { name, reason } in &found.refused {
             say(&format!("checkpoint {name} is damaged and was passed over: {reason}"));
         }

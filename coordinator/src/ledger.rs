@@ -27,7 +27,7 @@ mod read;
 mod write;
 
 pub use error::{Disorder, Flaw, LedgerError};
-pub use read::{Line, Reader, after};
+pub use read::{Line, Reader, after, newest};
 pub use write::Ledger;
 
 use caravan_types::{Digest, Generation, RunSpec, Step, WorkerId};

@@ -1,7 +1,7 @@
 //! The main job in real processes: whatever is killed, the weights have the same bits.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
 
-use tests::process::{Place, Running, kill};
+use tests::process::{Place, Running, kill, until};
 
 #[test]
 fn fifty_steps_have_the_same_bits_on_one_two_three_workers_and_when_one_dies_and_others_join() {
@@ -149,8 +149,11 @@ fn an_audit_proves_a_run_that_went_back_and_finds_what_was_done_to_its_ledger() 
     let place = Place::new();
     let train = place.train("run", &[]);
     place.save("run", 10);
-    // Further than the checkpoint, so that there is something to go back from.
+    // Further than the checkpoint, so that there is something to go back from; and long enough
+    // for the recording, which is written once a second, to have begun.
     place.reach("run", 12);
+    let control = place.dir.path().join("run/control.jsonl");
+    until("the recording", || std::fs::metadata(&control).ok().filter(|m| m.len() > 0));
     let workers = train.children();
     train.signal("KILL");
     workers.iter().for_each(|w| kill(*w, "KILL"));

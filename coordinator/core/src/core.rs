@@ -51,10 +51,14 @@ pub struct Core {
     pub(crate) saves: Saves,
     divergences: u32,
     pub(crate) draining: bool,
+    /// The step that is written down before everybody goes.
+    pub(crate) saving: Option<Step>,
     /// While recovering: members that are not back yet.
     pub(crate) awaited: BTreeSet<WorkerId>,
     /// While recovering: members whom others have lost.
     pub(crate) missed: BTreeSet<WorkerId>,
+    #[cfg(feature = "mutants")]
+    pub(crate) mutant: Option<crate::Mutant>,
 }
 
 impl Core {
@@ -72,8 +76,6 @@ impl Core {
             stages: config.stages,
             link_bytes_per_s: planner::LINK_BYTES_PER_S,
         };
-        // What a checkpoint has needs nobody who remembers it.
-        let committed = restored.committed.filter(|c| Some(c.step) > restored.checkpoint);
         Self {
             deadline: plan.as_ref().map(|_| now + config.detect_ms),
             config,
@@ -85,14 +87,25 @@ impl Core {
             generation: restored.generation,
             plan,
             boundary: false,
-            committed,
+            committed: restored.committed,
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
             divergences: 0,
             draining: false,
+            saving: None,
             awaited,
             missed: BTreeSet::new(),
+            #[cfg(feature = "mutants")]
+            mutant: None,
         }
+    }
+
+    /// Switches a bug on.
+    #[cfg(feature = "mutants")]
+    #[must_use]
+    pub fn with_mutant(mut self, mutant: Option<crate::Mutant>) -> Self {
+        self.mutant = mutant;
+        self
     }
 
     /// Takes one input; what is to be done about it is appended to `out`, in order.
@@ -111,7 +124,9 @@ impl Core {
                     self.lose(now, worker, LossReason::SessionClosed, out);
                 }
             }
-            Input::Completed { generation: _, step, result } => self.completed(now, step, result, out),
+            Input::Completed { generation, step, result } => {
+                self.completed(now, generation, step, result, out)
+            }
             Input::Drain => self.drain(now, out),
             Input::Tick => self.tick(now, out),
         }
@@ -426,7 +441,14 @@ impl Core {
     /// Once everybody has reported: goes on with a new plan, or saves and ends.
     fn decide(&mut self, now: Millis, out: &mut Vec<Output>) {
         let Some(reports) = self.members.reports(self.generation) else { return };
-        let agreement = regroup::agree(&reports, self.committed.as_ref(), self.checkpoint, self.table.len());
+        let mut agreement =
+            regroup::agree(&reports, self.committed.as_ref(), self.checkpoint, self.table.len());
+        if mutant!(self, HealFromAnotherStep) {
+            for (worker, report) in &reports {
+                let (state, weights) = (report.state.clone(), report.weights.clone());
+                agreement.holdings.insert(*worker, regroup::Holding { state, weights });
+            }
+        }
         self.deadline = None;
         let nobody_stays = self.members.iter().all(|(_, w)| w.leaving);
         if (self.draining || nobody_stays) && agreement.settled {
@@ -487,7 +509,8 @@ impl Core {
             });
         }
         let kept: SliceSet = all.iter().filter(|c| !c.leaving).flat_map(|c| c.state.iter()).collect();
-        if all.iter().all(|c| c.leaving) || kept.len() == self.table.len() {
+        if all.iter().all(|c| c.leaving) || kept.len() == self.table.len() || mutant!(self, DropLeaversSlices)
+        {
             all.retain(|c| !c.leaving);
         }
         (start, all)

@@ -18,6 +18,13 @@ impl Core {
         part: Result<SavedPart, String>,
         out: &mut Vec<Output>,
     ) {
+        // Told again by members that do not know whether this coordinator has heard of it.
+        if Some(step) <= self.checkpoint {
+            if step.0 >= self.config.steps || self.saving == Some(step) {
+                self.completed(now, generation, step, Ok(()), out);
+            }
+            return;
+        }
         match part {
             Ok(part) => {
                 if let Some(parts) = self.saves.add(generation, step, part, self.table.len()) {
@@ -26,7 +33,7 @@ impl Core {
             }
             Err(reason) => {
                 self.saves.give_up(generation, step);
-                self.completed(now, step, Err(reason), out);
+                self.completed(now, generation, step, Err(reason), out);
             }
         }
     }
@@ -34,25 +41,32 @@ impl Core {
     pub(crate) fn completed(
         &mut self,
         now: Millis,
+        generation: Generation,
         step: Step,
         result: Result<(), String>,
         out: &mut Vec<Output>,
     ) {
         let last = step.0 >= self.config.steps;
+        // A part that is told again may be of files that are gone, and says nothing of those that
+        // are being written.
+        let ours = generation == self.generation;
+        let stale = self.plan.as_ref().is_none_or(|plan| generation < plan.generation);
         match result {
+            // The run went back behind it meanwhile: what is done again is saved again.
+            Ok(()) if stale && step > self.step() => {}
             Ok(()) => {
                 self.checkpoint = self.checkpoint.max(Some(step));
                 out.push(Output::Persist(Record::Checkpoint(step)));
                 out.push(Output::Note(Event::CheckpointWritten { step }));
                 if last {
                     self.end(Phase::Finished, Event::Finished { step }, Farewell::Finished, out);
-                } else if self.phase == Phase::Draining {
+                } else if self.phase == Phase::Draining && self.saving == Some(step) {
                     self.release(now, step, out);
                 }
             }
             Err(reason) => {
                 out.push(Output::Note(Event::CheckpointFailed { step, reason: reason.clone() }));
-                if last || self.phase == Phase::Draining {
+                if ours && (last || self.phase == Phase::Draining) {
                     let reason =
                         format!("its last checkpoint, of step {step}, could not be written: {reason}");
                     self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out);
@@ -81,6 +95,7 @@ impl Core {
     pub(crate) fn save(&mut self, now: Millis, agreement: &Agreement, out: &mut Vec<Output>) {
         let step = agreement.start.base;
         self.phase = Phase::Draining;
+        self.saving = Some(step);
         if self.checkpoint == Some(step) {
             return self.release(now, step, out);
         }

@@ -15,6 +15,9 @@
 //! survivors' reports add up to; `hang` finds who stands still; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
 //! `saves` watches checkpoints being written, `ending` is how a run ends.
 
+#[macro_use]
+mod mutant;
+
 mod around;
 mod core;
 mod ending;
@@ -27,6 +30,8 @@ mod regroup;
 mod saves;
 
 pub use crate::core::Core;
+#[cfg(feature = "mutants")]
+pub use crate::mutant::Mutant;
 pub use crate::planner::{Candidate, Demand, LINK_BYTES_PER_S, NoPlan, Start, plan};
 
 use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, ToWorker};

@@ -7,7 +7,7 @@
 
 use crate::{Core, Millis, Output, Session};
 use caravan_types::WorkerId;
-use caravan_types::message::Hello;
+use caravan_types::message::{Hello, ToWorker};
 use caravan_types::status::{Event, LossReason, Phase};
 
 impl Core {
@@ -44,6 +44,12 @@ impl Core {
         if whole && plan.generation == self.generation {
             self.phase = Phase::Running;
             out.push(Output::Note(Event::Recovered { generation: self.generation }));
+            // The coordinator may have died after it wrote the plan down and before everybody had
+            // it; who has it does not take it twice.
+            let told = if mutant!(self, PlanToldOnce) { &[][..] } else { &plan.members };
+            for worker in told.iter().map(|m| m.worker) {
+                out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
+            }
             self.consider(now, out);
         } else if self.members.is_empty() {
             self.empty(out);

@@ -112,6 +112,25 @@ fn version(json: &[u8]) -> Option<u64> {
     serde_json::from_slice(json).ok().map(|any: AnyVersion| any.version)
 }
 
+/// The newest step of the history in a ledger, as far as it can be read; none where there is no
+/// ledger. A checkpoint of a later step is of steps that the run has given up.
+///
+/// # Errors
+/// Where the file is there and cannot be read.
+pub fn newest(path: &Path) -> io::Result<Option<Step>> {
+    let mut reader = match Reader::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        reader => reader?,
+    };
+    let mut last = None;
+    while let Some(line) = reader.next_line()? {
+        // What does not fit is for whoever opens the ledger to refuse.
+        let Some(Ok(step)) = line.entry.map(|entry| after(last, &entry)) else { break };
+        last = Some(step);
+    }
+    Ok(last)
+}
+
 /// The newest step of the history with one more entry. `last` is the newest one before it, none
 /// at the very beginning.
 ///

@@ -40,9 +40,18 @@ pub struct Refused {
 /// # Errors
 /// Where the folder cannot be listed.
 pub fn newest_intact(root: &Path) -> Result<Found, CheckpointError> {
+    newest_intact_until(root, None)
+}
+
+/// As [`newest_intact`], of those up to step `until`: those after it are of steps that the run
+/// has given up.
+///
+/// # Errors
+/// As [`newest_intact`].
+pub fn newest_intact_until(root: &Path, until: Option<Step>) -> Result<Found, CheckpointError> {
     let mut refused = Vec::new();
     for (step, kind, path) in folder::list(root)? {
-        if kind != Kind::Complete {
+        if kind != Kind::Complete || until.is_some_and(|until| step > until) {
             continue;
         }
         match Checkpoint::open(&path) {

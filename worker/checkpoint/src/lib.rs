@@ -30,7 +30,7 @@ mod folder;
 mod manifest;
 mod part;
 
-pub use checkpoint::{Checkpoint, Found, Refused, complete_steps, newest_intact};
+pub use checkpoint::{Checkpoint, Found, Refused, complete_steps, newest_intact, newest_intact_until};
 pub use complete::{complete, prune};
 pub use error::CheckpointError;
 pub use manifest::{MANIFEST_VERSION, Manifest, SavedFile};

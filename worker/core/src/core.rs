@@ -45,6 +45,8 @@ pub struct Core {
     pub(crate) since: Millis,
     beat: Millis,
     pub(crate) memory: Memory,
+    #[cfg(feature = "mutants")]
+    pub(crate) mutant: Option<crate::Mutant>,
 }
 
 impl Core {
@@ -71,7 +73,17 @@ impl Core {
             since: now,
             beat: now,
             memory: Memory::default(),
+            #[cfg(feature = "mutants")]
+            mutant: None,
         }
+    }
+
+    /// Switches a bug on.
+    #[cfg(feature = "mutants")]
+    #[must_use]
+    pub fn with_mutant(mut self, mutant: Option<crate::Mutant>) -> Self {
+        self.mutant = mutant;
+        self
     }
 
     /// Takes one input; what is to be done about it is appended to `out`, in order.
@@ -93,6 +105,10 @@ impl Core {
             Input::Attached { committed } => {
                 let generation = self.place.as_ref().map(Place::generation);
                 self.memory.tell(generation, committed, out);
+                // The others' votes may have stopped it before it was taken back.
+                if generation.is_none() && self.promised > Generation(0) {
+                    out.push(Output::Tell(FromWorker::Report(self.report())));
+                }
             }
             Input::Tick => {}
         }
@@ -171,23 +187,31 @@ impl Core {
     /// member has just published may still be on its way.
     pub(crate) fn promise(&mut self, generation: Generation, out: &mut Vec<Output>) {
         self.promised = generation;
-        self.place = None;
+        if !mutant!(self, ReportAndGoOn) {
+            self.place = None;
+        }
         self.wanted = None;
         self.stopping = None;
         self.finished = false;
-        out.push(Output::Tell(FromWorker::Report(Report {
-            generation,
+        out.push(Output::Tell(FromWorker::Report(self.report())));
+    }
+
+    /// What it has, with the promise that it has made.
+    fn report(&self) -> Report {
+        Report {
+            generation: self.promised,
             applied: self.applied,
             norm: self.norm,
             state: self.state.clone(),
             weights: self.weights.clone(),
             prepared: self.prepared.clone(),
-        })));
+        }
     }
 
     /// Takes a plan into force: finish the step that others have applied, then heal.
     fn adopt(&mut self, now: Millis, plan: Plan, out: &mut Vec<Output>) {
-        if plan.generation != self.promised || self.place.is_some() {
+        let stale = plan.generation != self.promised || self.place.is_some();
+        if stale && !mutant!(self, StalePlan) {
             return;
         }
         let units = self.config.shape.units();
@@ -201,6 +225,11 @@ impl Core {
                 let message = PeerMessage::Data(piece(part, self.applied, slice));
                 out.push(Output::Send { to, message });
             }
+        }
+        if mutant!(self, DropBeforeCommit) {
+            let stale: SliceSet = self.state.iter().filter(|s| !place.owned.contains(*s)).collect();
+            self.state = self.state.iter().filter(|s| !stale.contains(*s)).collect();
+            out.push(Output::Task(Task::Drop(stale)));
         }
         self.memory.start();
         self.heal = Heal::new(&place);
@@ -259,7 +288,7 @@ impl Core {
         out: &mut Vec<Output>,
     ) {
         let Some(place) = &self.place else { return };
-        if generation != place.generation() {
+        if generation != place.generation() && !mutant!(self, OldFrames) {
             return;
         }
         let understood = match message {
@@ -333,6 +362,10 @@ impl Core {
         let in_time = (next..=next.next()).contains(&vote.step);
         if !in_time || !place.vote_fits(from, &vote, &self.table) {
             return false;
+        }
+        let mut vote = vote;
+        if mutant!(self, VoteOfAnotherStep) {
+            vote.step = next;
         }
         if self.inbox.vote(from, vote) {
             self.try_commit(now, out);

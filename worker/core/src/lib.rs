@@ -17,6 +17,9 @@
 //! order of its micro-batches, `round` what has come in for it; `heal` is what a member still
 //! lacks; `part` is its place in a plan; `memory` is what a coordinator may have to be told again.
 
+#[macro_use]
+mod mutant;
+
 mod core;
 mod heal;
 mod memory;
@@ -27,6 +30,8 @@ mod step;
 mod wait;
 
 pub use crate::core::Core;
+#[cfg(feature = "mutants")]
+pub use crate::mutant::Mutant;
 
 use caravan_types::message::{Farewell, FromWorker, ToWorker};
 use caravan_types::peer::{Key, PeerMessage};

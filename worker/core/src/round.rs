@@ -125,7 +125,9 @@ pub(crate) enum Verdict {
 
 /// Adds the votes up: squared block norms in the order of the flat model, losses in the order
 /// of the lanes, both in fp64, so that every member gets the same bits from the same votes.
-pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, table: &SliceTable) -> Verdict {
+///
+/// `by_member` is a bug: sums member by member, as an all-reduce of sums would.
+pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, table: &SliceTable, by_member: bool) -> Verdict {
     let mut blocks: BTreeMap<SliceId, &Vec<f64>> = BTreeMap::new();
     let mut lanes: BTreeMap<Lane, LaneResult> = BTreeMap::new();
     for vote in votes.values() {
@@ -138,8 +140,13 @@ pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, table: &SliceTable) ->
         }
         lanes.extend(vote.lanes.iter().map(|result| (result.lane, *result)));
     }
-    debug_assert_eq!(blocks.len(), table.len());
-    let squares: f64 = blocks.values().flat_map(|b| b.iter()).sum();
+    debug_assert!(by_member || blocks.len() == table.len());
+    let squares: f64 = if by_member {
+        let mine = |vote: &Prepared| vote.norms.iter().flat_map(|(_, n)| n).sum::<f64>();
+        votes.values().map(mine).sum()
+    } else {
+        blocks.values().flat_map(|b| b.iter()).sum()
+    };
     let loss = lanes.values().map(|lane| lane.loss).sum();
     let tokens = lanes.values().map(|lane| lane.tokens).sum();
     Verdict::Commit { norm: squares.sqrt(), loss, tokens }
@@ -167,7 +174,7 @@ mod tests {
         let table = SliceTable::new(&ModelShape::preset("260k").unwrap());
         let blocks: usize = table.iter().map(|(_, s)| s.blocks()).sum();
         let norm = (blocks as f64).sqrt();
-        assert_eq!(count(&votes(1.0), &table), Verdict::Commit { norm, loss: 1.0, tokens: 6 });
-        assert_eq!(count(&votes(1.0 + f64::EPSILON), &table), Verdict::Diverged(SliceId(0)));
+        assert_eq!(count(&votes(1.0), &table, false), Verdict::Commit { norm, loss: 1.0, tokens: 6 });
+        assert_eq!(count(&votes(1.0 + f64::EPSILON), &table, false), Verdict::Diverged(SliceId(0)));
     }
 }

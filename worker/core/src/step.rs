@@ -187,9 +187,11 @@ impl Core {
         if !self.round.voted {
             return;
         }
-        let Some(votes) = self.inbox.unanimous(step, place.plan.members.len()) else { return };
+        let members =
+            place.plan.members.len() - usize::from(mutant!(self, ApplyEarly) && place.plan.members.len() > 2);
+        let Some(votes) = self.inbox.unanimous(step, members) else { return };
         let stop_for = votes.values().filter_map(|v| v.stop_for).max();
-        match count(votes, &self.table) {
+        match count(votes, &self.table, mutant!(self, NormByMember)) {
             Verdict::Commit { norm, loss, tokens } => {
                 let took_ms = now.saturating_sub(self.since);
                 let generation = place.generation();

@@ -1,0 +1,184 @@
+//! A worker's engine in the simulation: the real executor on a tiny model, with made-up data and
+//! checkpoints in memory. One job at a time, in order, as the engine's thread does it.
+
+use caravan_engine::{Batches, Checkpoints, Executor, Watch};
+use caravan_types::peer::Key;
+use caravan_types::task::{Done, SavedPart, Task};
+use caravan_types::{
+    Digest, Generation, Lane, MicroBatch, RunSpec, SliceId, SliceSet, SliceTable, Step, WorkerId,
+};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Training states of slices, as a disk that all workers share has them: by who wrote them for
+/// which generation and step, and those that are complete.
+#[derive(Debug, Default)]
+pub(super) struct Disk {
+    pub(super) parts: BTreeMap<(Generation, Step), BTreeMap<SliceId, Vec<f32>>>,
+    pub(super) complete: BTreeMap<Step, BTreeMap<SliceId, Vec<f32>>>,
+    /// Checkpoints that were complete and are gone.
+    pub(super) lost: BTreeSet<Step>,
+}
+
+/// Something for the engine to do.
+#[derive(Debug)]
+pub(super) enum Job {
+    Task(Task),
+    Put(Key, Vec<f32>),
+    Send(WorkerId, Generation, Key),
+}
+
+/// What came of a job.
+pub(super) enum Ran {
+    Nothing,
+    Done(Done),
+    Send(WorkerId, Generation, Key, Vec<f32>),
+    /// The digest of each slice's training state after the step.
+    Applied(Step, Vec<(SliceId, Digest)>),
+}
+
+/// Batches that are a function of step, lane and number.
+pub(super) struct Data {
+    spec: RunSpec,
+    /// A bug: data of a redone step differs.
+    salt: u64,
+}
+
+fn mix(x: u64) -> u64 {
+    super::random::mix(x.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+impl Batches for Data {
+    fn micro_batch(&mut self, step: Step, lane: Lane, index: u32) -> Result<MicroBatch, String> {
+        let (sequences, length) =
+            (self.spec.batch.sequences as usize, self.spec.batch.sequence_length as usize);
+        let n = sequences * length;
+        let seed = mix(step.0 << 40 | u64::from(lane) << 20 | u64::from(index)) ^ self.salt;
+        let token = |i: usize| (mix(seed ^ i as u64) % u64::from(self.spec.model.vocab)) as u32;
+        Ok(MicroBatch {
+            sequences,
+            length,
+            tokens: (0..n).map(token).collect(),
+            targets: (1..=n).map(token).collect(),
+            counted: (0..n).map(|i| i % 3 != 2).collect(),
+            document_start: (0..n).map(|i| (i % length / 3 * 3) as u32).collect(),
+        })
+    }
+
+    fn counted_tokens(&mut self, _: Step) -> Result<u64, String> {
+        let n = self.spec.batch.sequences * self.spec.batch.sequence_length;
+        let counted = (0..n).filter(|i| i % 3 != 2).count() as u64;
+        Ok(counted * u64::from(self.spec.batch.lanes * self.spec.batch.micro_batches))
+    }
+}
+
+/// One worker's way to the disk.
+pub(super) struct Folder {
+    disk: Rc<RefCell<Disk>>,
+    writer: u64,
+    /// A bug: what is told to be written is written when the next part is.
+    late: Option<(Generation, Step, Vec<(SliceId, Vec<f32>)>)>,
+    is_late: bool,
+}
+
+fn digest(values: &[f32]) -> Digest {
+    let mut hasher = blake3::Hasher::new();
+    values.iter().for_each(|v| _ = hasher.update(&v.to_le_bytes()));
+    Digest(*hasher.finalize().as_bytes())
+}
+
+impl Checkpoints for Folder {
+    fn save(&mut self, generation: Generation, step: Step, states: Vec<(SliceId, Vec<f32>)>) -> Option<Done> {
+        let slices = states.iter().map(|(id, s)| (*id, digest(&s[..s.len() / 3]))).collect();
+        let now = if self.is_late {
+            self.late.replace((generation, step, states))
+        } else {
+            Some((generation, step, states))
+        };
+        if let Some((generation, step, states)) = now {
+            self.disk.borrow_mut().parts.entry((generation, step)).or_default().extend(states);
+        }
+        let part =
+            SavedPart { file: format!("w{}", self.writer), bytes: 1, digest: Digest::default(), slices };
+        Some(Done::Saved { generation, step, part: Ok(part) })
+    }
+
+    fn load(&mut self, step: Step, slices: &SliceSet) -> Result<Vec<(SliceId, Vec<f32>)>, String> {
+        let disk = self.disk.borrow();
+        let states = disk.complete.get(&step).ok_or_else(|| format!("no checkpoint of step {step}"))?;
+        Ok(slices.iter().filter_map(|id| Some((id, states.get(&id)?.clone()))).collect())
+    }
+}
+
+/// The engine of one worker process.
+pub(super) struct Engine {
+    executor: Executor<Data, Folder>,
+    pub(super) watch: Arc<Watch>,
+    jobs: VecDeque<Job>,
+}
+
+impl Engine {
+    /// # Errors
+    /// Where the executor refuses the run.
+    pub(super) fn new(
+        spec: &RunSpec,
+        disk: &Rc<RefCell<Disk>>,
+        writer: u64,
+        salt: u64,
+        is_late: bool,
+    ) -> Result<Self, String> {
+        let watch = Arc::<Watch>::default();
+        let data = Data { spec: spec.clone(), salt };
+        let folder = Folder { disk: Rc::clone(disk), writer, late: None, is_late };
+        let executor = Executor::new(spec, 1, Arc::clone(&watch), data, folder).map_err(|e| e.to_string())?;
+        Ok(Self { executor, watch, jobs: VecDeque::new() })
+    }
+
+    pub(super) fn queue(&mut self, job: Job) {
+        self.jobs.push_back(job);
+    }
+
+    pub(super) fn busy(&self) -> bool {
+        !self.jobs.is_empty()
+    }
+
+    /// Does the first job.
+    ///
+    /// # Errors
+    /// Where the real one's process would end.
+    pub(super) fn run(&mut self) -> Result<Ran, String> {
+        let Some(job) = self.jobs.pop_front() else { return Ok(Ran::Nothing) };
+        let what = format!("{job:?}");
+        let failed =
+            |e: caravan_engine::EngineError| format!("{}: {e}", what.chars().take(120).collect::<String>());
+        match job {
+            Job::Put(key, payload) => self.executor.put(key, payload).map(|()| Ran::Nothing).map_err(failed),
+            // What a computation that was given up should have left is not there to be sent.
+            Job::Send(_, generation, _) if self.watch.is_fenced(generation) => Ok(Ran::Nothing),
+            Job::Send(to, generation, key) => {
+                let payload = self.executor.get(key).map_err(failed)?;
+                Ok(Ran::Send(to, generation, key, payload))
+            }
+            Job::Task(Task::Apply { step, norm, slices }) => {
+                let ids: Vec<SliceId> = slices.iter().collect();
+                self.executor.run(Task::Apply { step, norm, slices }).map_err(&failed)?;
+                let state = |slice| Ok((slice, digest(&self.executor.get(Key::State { step, slice })?)));
+                let states = ids.into_iter().map(state).collect::<Result<_, _>>().map_err(failed)?;
+                Ok(Ran::Applied(step, states))
+            }
+            Job::Task(task) => Ok(self.executor.run(task).map_err(failed)?.map_or(Ran::Nothing, Ran::Done)),
+        }
+    }
+
+    /// Slices in a checkpoint, against what a quiet run has.
+    pub(super) fn digests(states: &BTreeMap<SliceId, Vec<f32>>) -> Vec<(SliceId, Digest)> {
+        states.iter().map(|(id, state)| (*id, digest(state))).collect()
+    }
+}
+
+/// The slices of a run's model.
+pub(super) fn table(spec: &RunSpec) -> SliceTable {
+    SliceTable::new(&spec.model)
+}

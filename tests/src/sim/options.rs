@@ -1,0 +1,214 @@
+//! A simulated run's size and faults, all from one seed.
+
+use super::random::Random;
+use caravan_types::run_spec::RUN_SPEC_VERSION;
+use caravan_types::{BatchShape, DataSpec, Digest, ModelShape, NumericsClass, Precision, Recipe, RunSpec};
+use std::fmt;
+
+/// The failure budget of simulated runs, in milliseconds.
+pub(super) const DETECT_MS: u64 = 1000;
+
+/// A pause that outlasts every run.
+pub(super) const FOR_EVER_MS: u64 = 1_000_000_000;
+
+/// A classic bug, reintroduced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutant {
+    /// A bug of the coordinator's core.
+    Coordinator(caravan_coordinator_core::Mutant),
+    /// A bug of the worker's core.
+    Worker(caravan_worker_core::Mutant),
+    /// Generations start from nothing after a coordinator restart.
+    ForgetGenerations,
+    /// Some of what the coordinator tells a worker never comes, and no session breaks.
+    LostNews,
+    /// Liveness goes by the clock of the worker that speaks.
+    ForeignClock,
+    /// A part of a checkpoint counts as written before it is.
+    SavedBeforeWritten,
+    /// A redone step has other data.
+    OtherData,
+    /// A second coordinator leads without having seen what the first one has announced.
+    TwoLeaders,
+    /// Connections of old generations stay open, and their frames are taken.
+    OldConnections,
+}
+
+/// One run's size and faults.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Key of all that is random.
+    pub seed: u64,
+    /// Workers at the start.
+    pub workers: u32,
+    /// Lanes, and micro-batches of each.
+    pub lanes: u32,
+    /// Micro-batches of each lane.
+    pub micro_batches: u32,
+    /// Stages of each pipeline; the planner's choice where none.
+    pub stages: Option<u32>,
+    /// Steps.
+    pub steps: u64,
+    /// Owners per slice.
+    pub redundancy: u32,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Faults, at random moments of the time that the run takes without any.
+    pub faults: Vec<(u64, Fault)>,
+    /// A bug to be found.
+    pub mutant: Option<Mutant>,
+}
+
+/// Something that goes wrong, or is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A worker dies; whoever started it starts it again.
+    Kill,
+    /// A worker stands still for so long, and goes on.
+    Pause(u64),
+    /// A worker cannot be reached by others, or cannot reach them, or both, for so long.
+    Partition {
+        /// Milliseconds.
+        ms: u64,
+        /// Nothing comes in.
+        inward: bool,
+        /// Nothing goes out.
+        outward: bool,
+        /// The coordinator's connection, too.
+        coordinator: bool,
+    },
+    /// A connection between two workers breaks.
+    Break,
+    /// A worker's clock jumps ahead.
+    ClockJump(u64),
+    /// The coordinator dies, in the middle of what it does, and is started again after so long.
+    CoordinatorDies(u64),
+    /// The coordinator's store says no: it ends, and is started again.
+    StoreFails,
+    /// The newest checkpoint is lost while the coordinator is restarted.
+    DiskLost,
+    /// A worker joins.
+    Join,
+    /// A worker is asked to leave.
+    Leave,
+    /// The run is asked to stop with a checkpoint.
+    Drain,
+}
+
+impl Options {
+    /// Steps on one worker without faults.
+    #[must_use]
+    pub fn quiet(lanes: u32, micro_batches: u32, steps: u64) -> Self {
+        Self {
+            seed: 0,
+            workers: 1,
+            lanes,
+            micro_batches,
+            stages: None,
+            steps,
+            redundancy: 1,
+            checkpoint_every: 0,
+            faults: Vec::new(),
+            mutant: None,
+        }
+    }
+
+    /// A random cluster with at least five random faults.
+    #[must_use]
+    pub fn random(seed: u64) -> Self {
+        let mut r = Random::new(seed);
+        let steps = r.below(6) + 4;
+        let count = 5 + r.below(4);
+        let mut faults: Vec<(u64, Fault)> =
+            (0..count).map(|_| (r.below(60 * steps), fault(&mut r))).collect();
+        faults.sort_by_key(|(at, _)| *at);
+        Self {
+            seed,
+            workers: r.below(4) as u32 + 1,
+            lanes: 1 << r.below(4),
+            micro_batches: r.below(2) as u32 + 1,
+            stages: Some(r.below(5) as u32).filter(|s| *s > 0),
+            steps,
+            redundancy: r.below(3) as u32 + 1,
+            checkpoint_every: r.below(4),
+            faults,
+            mutant: None,
+        }
+    }
+
+    /// The run that is simulated.
+    #[must_use]
+    pub fn spec(&self) -> RunSpec {
+        RunSpec {
+            version: RUN_SPEC_VERSION,
+            name: "simulated".into(),
+            model: ModelShape {
+                dim: 8,
+                layers: 3,
+                heads: 2,
+                kv_heads: 1,
+                hidden: 12,
+                vocab: 16,
+                context: 8,
+                norm_eps: 1e-5,
+                rope_theta: 1e4,
+            },
+            data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
+            batch: BatchShape {
+                lanes: self.lanes,
+                micro_batches: self.micro_batches,
+                sequences: 1,
+                sequence_length: 6,
+            },
+            // A norm that is clipped, so that a wrong one shows in every weight.
+            recipe: Recipe {
+                steps: self.steps,
+                warmup_steps: 2,
+                learning_rate: 0.01,
+                clip_norm: 0.01,
+                ..Recipe::default()
+            },
+            seed: 1,
+            numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
+        }
+    }
+}
+
+fn fault(r: &mut Random) -> Fault {
+    match r.below(16) {
+        0..=3 => Fault::Kill,
+        4 if r.below(4) == 0 => Fault::Pause(FOR_EVER_MS),
+        4 => Fault::Pause(r.below(2 * DETECT_MS) + 50),
+        5 | 6 => {
+            let (inward, outward) = [(true, true), (true, false), (false, true)][r.below(3) as usize];
+            Fault::Partition {
+                ms: r.below(3 * DETECT_MS) + 50,
+                inward,
+                outward,
+                coordinator: r.below(2) == 0,
+            }
+        }
+        7 => Fault::Break,
+        8 => Fault::ClockJump(r.below(3 * DETECT_MS)),
+        9 | 10 => Fault::CoordinatorDies(r.below(2 * DETECT_MS)),
+        11 => Fault::StoreFails,
+        12 => Fault::DiskLost,
+        13 | 14 => Fault::Join,
+        _ => match r.below(3) {
+            0 => Fault::Drain,
+            _ => Fault::Leave,
+        },
+    }
+}
+
+impl fmt::Display for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { seed, workers, lanes, micro_batches, stages, steps, redundancy, .. } = self;
+        write!(
+            f,
+            "seed {seed}: {workers} workers, {lanes} lanes × {micro_batches}, stages {stages:?}, {steps} steps, r = \
+             {redundancy}, a checkpoint every {} steps, faults {:?}, mutant {:?}",
+            self.checkpoint_every, self.faults, self.mutant
+        )
+    }
+}

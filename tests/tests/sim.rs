@@ -1,0 +1,75 @@
+//! The simulation: whatever fails, the run ends with the bits of a quiet one; and classic bugs,
+//! reintroduced one at a time, are found.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
+
+use caravan_coordinator_core::Mutant as C;
+use caravan_types::message::Farewell;
+use caravan_worker_core::Mutant as W;
+use tests::sim::{Mutant, Options, run};
+use tests::sweep::{Sweep, Truths};
+
+#[test]
+fn the_same_seed_twice_gives_the_same_bytes() {
+    let truths = Truths::default();
+    for seed in [7, 8, 9] {
+        let options = Options::random(seed);
+        let truth = truths.of(&options);
+        let once = run(&options, Some(&truth)).unwrap();
+        assert_eq!(once, run(&options, Some(&truth)).unwrap(), "{options}");
+    }
+}
+
+#[test]
+fn any_number_of_workers_stages_and_owners_gives_the_bits_of_one() {
+    let truths = Truths::default();
+    for workers in 1..=5 {
+        for (stages, redundancy) in [(None, 1), (Some(1), 2), (Some(2), 3), (Some(5), 2)] {
+            let options = Options { workers, stages, redundancy, seed: 1, ..Options::quiet(8, 2, 6) };
+            let (outcome, _) = run(&options, Some(&truths.of(&options))).unwrap();
+            assert_eq!(outcome.farewell, Some(Farewell::Finished), "{options}");
+        }
+    }
+}
+
+#[test]
+fn whatever_fails_every_invariant_holds_and_the_run_ends() {
+    let sweep = Sweep::run(0..600, None).unwrap_or_else(|failure| panic!("{failure}"));
+    assert!(sweep.faults >= 5 * 600 * 9 / 10, "most faults strike before the end: {sweep}");
+    assert!(sweep.ends["Finished"] > 400 && sweep.ends["Drained"] > 10, "{sweep}");
+    assert!(!sweep.ends.contains_key("Failed"), "{sweep}");
+}
+
+/// Every bug with seeds within which it is found.
+const MUTANTS: [(&str, Mutant); 16] = [
+    ("generations forgotten by a restarted coordinator", Mutant::ForgetGenerations),
+    ("a step applied before all are prepared", Mutant::Worker(W::ApplyEarly)),
+    ("a stale plan accepted", Mutant::Worker(W::StalePlan)),
+    ("a vote counted for another step", Mutant::Worker(W::VoteOfAnotherStep)),
+    ("an old member's frame accepted", Mutant::OldConnections),
+    ("news lost and never told again", Mutant::LostNews),
+    ("liveness by the clock of another host", Mutant::ForeignClock),
+    ("healing from a holder of another step", Mutant::Coordinator(C::HealFromAnotherStep)),
+    ("a manifest before its data", Mutant::SavedBeforeWritten),
+    ("other data when a step is redone", Mutant::OtherData),
+    ("the norm summed member by member", Mutant::Worker(W::NormByMember)),
+    ("two leaders", Mutant::TwoLeaders),
+    ("a leaver's slices dropped", Mutant::Coordinator(C::DropLeaversSlices)),
+    ("old slices dropped before the first commit", Mutant::Worker(W::DropBeforeCommit)),
+    ("a report that is no promise", Mutant::Worker(W::ReportAndGoOn)),
+    ("a restarted coordinator that tells no plan again", Mutant::Coordinator(C::PlanToldOnce)),
+];
+
+#[test]
+fn every_classic_bug_is_found_within_two_thousand_seeds() {
+    let mut survivors = Vec::new();
+    for (name, mutant) in MUTANTS {
+        match Sweep::run(0..2000, Some(mutant)) {
+            Ok(_) => survivors.push(name),
+            Err(failure) => {
+                let reason: String = failure.reason.chars().take(100).collect();
+                println!("| {name} | {} | {reason} |", failure.seed);
+            }
+        }
+    }
+    assert!(survivors.is_empty(), "not found: {survivors:?}");
+}
