@@ -9,14 +9,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+/// By lanes, micro-batches and steps.
+type Known = Arc<Mutex<BTreeMap<(u32, u32, u64), Arc<Truth>>>>;
+
 /// What quiet runs on one worker come to, by lanes and micro-batches; made when first asked for.
 #[derive(Clone, Default)]
 pub struct Truths {
-    known: Arc<Mutex<BTreeMap<(u32, u32), Arc<Truth>>>>,
+    known: Known,
 }
 
-/// Steps of the quiet runs: no random run is longer. Weights after a step do not depend on how
-/// many follow, but for the learning rate, so a random run has the schedule of its own length.
 impl Truths {
     /// The one that a run is compared with.
     ///
@@ -25,7 +26,7 @@ impl Truths {
     #[must_use]
     #[allow(clippy::expect_used, clippy::panic, reason = "nothing can be compared without it")]
     pub fn of(&self, options: &Options) -> Arc<Truth> {
-        let key = (options.lanes * 100 + options.micro_batches, options.steps as u32);
+        let key = (options.lanes, options.micro_batches, options.steps);
         let mut known = self.known.lock().expect("nobody panics while it is held");
         let make = || {
             let quiet = Options::quiet(options.lanes, options.micro_batches, options.steps);

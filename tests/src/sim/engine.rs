@@ -74,12 +74,15 @@ impl Batches for Data {
     }
 }
 
+/// A part of a checkpoint: training states of some slices.
+type Part = (Generation, Step, Vec<(SliceId, Vec<f32>)>);
+
 /// One worker's way to the disk.
 pub(super) struct Folder {
     disk: Rc<RefCell<Disk>>,
     writer: u64,
     /// A bug: what is told to be written is written when the next part is.
-    late: Option<(Generation, Step, Vec<(SliceId, Vec<f32>)>)>,
+    late: Option<Part>,
     is_late: bool,
 }
 
