@@ -219,8 +219,12 @@ impl Report {
         self.print_times(out)?;
         self.print_shares(out)?;
         if let Some(audit) = &self.audit {
-            let failed: Vec<String> =
-                audit.checks.iter().filter(|c| !c.holds).map(|c| format!("{}: {}", c.subject, c.found.join("; "))).collect();
+            let failed: Vec<String> = audit
+                .checks
+                .iter()
+                .filter(|c| !c.holds)
+                .map(|c| format!("{}: {}", c.subject, c.found.join("; ")))
+                .collect();
             match failed.as_slice() {
                 [] => writeln!(out, "\naudit: each of {} samples counted exactly once", audit.samples)?,
                 failed => writeln!(out, "\naudit FAILS: {}", failed.join("\n             "))?,
@@ -229,9 +233,17 @@ impl Report {
         if let Some(Stuck { snapshot, events }) = &self.stuck {
             writeln!(out, "\nthe last events:")?;
             events.iter().try_for_each(|event| writeln!(out, "  {event}"))?;
-            writeln!(out, "how things stand: step {} of {}, {}, {}", snapshot.step, snapshot.steps, snapshot.generation, snapshot.phase)?;
+            writeln!(
+                out,
+                "how things stand: step {} of {}, {}, {}",
+                snapshot.step, snapshot.steps, snapshot.generation, snapshot.phase
+            )?;
             for w in &snapshot.workers {
-                writeln!(out, "  {} ({}): step {}, heard {} ms ago", w.worker, w.name, w.applied, w.silent_ms)?;
+                writeln!(
+                    out,
+                    "  {} ({}): step {}, heard {} ms ago",
+                    w.worker, w.name, w.applied, w.silent_ms
+                )?;
             }
         }
         writeln!(out, "\nthe same again: {}", self.command)?;
@@ -255,8 +267,8 @@ impl Report {
                 line.fault.act,
                 if line.reached { "" } else { " (there was no process)" },
             )?;
-            let events = line.event.iter().chain(&line.others);
-            events.map(|event| writeln!(out, "{:60}{event}", "")).collect::<io::Result<()>>()?;
+            let mut events = line.event.iter().chain(&line.others);
+            events.try_for_each(|event| writeln!(out, "{:60}{event}", ""))?;
         }
         if !self.not_done.is_empty() {
             writeln!(out, "the run was over before {} more faults", self.not_done.len())?;
@@ -272,7 +284,11 @@ impl Report {
             {
                 let Some(Spread { count, median, p99, max }) = spread else { continue };
                 let [median, p99, max] = [median, p99, max].map(|s| seconds(Some(s)));
-                writeln!(out, "{:<10} {what:<10} {count:>5} {median:>9} {p99:>9} {max:>9}", kind.to_string())?;
+                writeln!(
+                    out,
+                    "{:<10} {what:<10} {count:>5} {median:>9} {p99:>9} {max:>9}",
+                    kind.to_string()
+                )?;
             }
         }
         writeln!(

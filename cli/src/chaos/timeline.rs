@@ -53,8 +53,13 @@ pub struct Shares {
 
 impl Shares {
     /// The names, in the order of [`values`](Self::values).
-    pub const NAMES: [&'static str; 5] =
-        ["useful stepping", "redone work", "waiting for detection", "regrouping and healing", "start and end"];
+    pub const NAMES: [&'static str; 5] = [
+        "useful stepping",
+        "redone work",
+        "waiting for detection",
+        "regrouping and healing",
+        "start and end",
+    ];
 
     /// The values.
     #[must_use]
@@ -163,7 +168,13 @@ impl Walk {
         };
         let stepped = if again { &mut sum.seconds.redone } else { &mut sum.seconds.useful };
         *stepped += at - begun;
-        *self = Self { from: at, newest: self.newest.max(step), stepping: true, fault: self.fault, ..Self::default() };
+        *self = Self {
+            from: at,
+            newest: self.newest.max(step),
+            stepping: true,
+            fault: self.fault,
+            ..Self::default()
+        };
     }
 
     /// When the first step after a plan began, at the latest; the heal was before.

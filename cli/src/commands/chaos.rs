@@ -43,9 +43,14 @@ pub struct Args {
     /// Workers of the quiet run.
     #[arg(long, value_name = "N", default_value_t = 1)]
     quiet_workers: u32,
-    /// Do not wait with the next fault until the caravan has got over the last one.
+    /// Do not wait with the next fault until the caravan has got over the last one. Faults of one
+    /// worker may then end one another.
     #[arg(long)]
     pile_up: bool,
+    /// Call the run stuck after so many seconds; by default, ten times as long as the quiet run
+    /// took, and some for each fault.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    patience: Option<u64>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -70,7 +75,8 @@ enum ChaosError {
 /// Runs it.
 pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     // Any number will do that is another one the next time.
-    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_millis() as u64 % 1_000_000);
+    let clock =
+        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_millis() as u64 % 1_000_000);
     let seed = args.seed.unwrap_or_else(clock);
     let command = args.again(seed);
     say(&format!("seed {seed}; the same again: {command}"));
@@ -94,7 +100,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
         faults: schedule(&request),
         pile_up: args.pile_up,
         step: quiet_time.div_f64(request.steps.max(1) as f64),
-        limit: limit(quiet_time, detect, request.faults),
+        limit: args.patience.map_or_else(|| limit(quiet_time, detect, request.faults), Duration::from_secs),
     };
     let observed = runtime.block_on(watching::run(&mut chaos, &plan))?;
     let finished = matches!(observed.ended, Ended::Farewell(Farewell::Finished));
@@ -172,7 +178,8 @@ impl Args {
     /// The command that does the same again, in a folder of its own.
     fn again(&self, seed: u64) -> String {
         let kinds: Vec<String> = self.kinds.iter().map(Kind::to_string).collect();
-        let mut words = vec!["caravan".to_owned(), "chaos".into(), self.job.file.to_string_lossy().into_owned()];
+        let mut words =
+            vec!["caravan".to_owned(), "chaos".into(), self.job.file.to_string_lossy().into_owned()];
         let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
         option("--seed", seed.to_string());
         option("--faults", self.faults.to_string());
@@ -202,5 +209,9 @@ impl Args {
 /// A word as a shell takes it.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+".contains(c);
-    if !word.is_empty() && word.chars().all(plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
 }
