@@ -85,13 +85,14 @@ pub struct Hands {
     pub wires: Arc<Vec<Wires>>,
     /// The failure budget.
     pub detect: Duration,
-    /// How many checkpoints were tried: done, or failed.
+    /// The step of the newest checkpoint that was tried: written, or failed.
     pub saves: watch::Receiver<u64>,
 }
 
 impl Hands {
-    /// Does it, and waits until it is over. Says whether there was a worker that it reached.
-    pub async fn inject(mut self, fault: Fault) -> bool {
+    /// Does it after `step`, and waits until it is over. Says whether there was a worker that it
+    /// reached.
+    pub async fn inject(mut self, fault: Fault, step: u64) -> bool {
         let signal = async |signal| self.orders.give(fault.slot, Order::Signal(signal)).await;
         match fault.act {
             Act::Kill => signal(Signal::KILL).await,
@@ -121,11 +122,12 @@ impl Hands {
                 true
             }
             Act::Disk => {
-                self.saves.mark_unchanged();
                 let reached = self.orders.give(fault.slot, Order::FileSize(Some(FULL))).await;
-                // The coordinator does not end before this does.
-                self.saves.changed().await.ok();
-                self.orders.give(fault.slot, Order::FileSize(None)).await;
+                if reached {
+                    // One of this step may be written already. The run does not end before this.
+                    self.saves.wait_for(|tried| *tried > step).await.ok();
+                    self.orders.give(fault.slot, Order::FileSize(None)).await;
+                }
                 reached
             }
         }

@@ -5,14 +5,14 @@ use super::inject::{Hands, Wires};
 use super::schedule::{Act, Fault};
 use super::timeline::{Mark, Timeline};
 use crate::Failure;
-use crate::commands::train::{FAREWELL, TrainError, start};
+use crate::commands::train::{FAREWELL, start};
 use crate::job::Job;
 use crate::supervisor::{Supervisor, Worker};
 use crate::watch::{Seen, Watch};
 use caravan_coordinator::{Handle, Update};
 use caravan_types::message::Farewell;
 use caravan_types::status::{Event, LoggedEvent, Snapshot, StepMetrics};
-use caravan_types::{Generation, WorkerId};
+use caravan_types::{Generation, Step, WorkerId};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
@@ -33,6 +33,11 @@ const LAST_EVENTS: usize = 20;
 
 /// Events about other workers that are kept of a fault.
 const MOST_OTHERS: usize = 8;
+
+/// Somebody did not want to wait.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted, so there is no verdict; the same command begins anew, in another folder")]
+struct Interrupted;
 
 /// What is to be done.
 #[derive(Clone, Debug)]
@@ -203,7 +208,7 @@ impl<'a> Scene<'a> {
                     Seen::Update(Update::Event(event)) => self.event(&event),
                     Seen::Update(Update::Step(step)) => self.committed(&step),
                     Seen::Update(Update::Snapshot(_)) => {}
-                    Seen::Asked => return Err(TrainError::Interrupted.into()),
+                    Seen::Asked => return Err(Interrupted.into()),
                     Seen::Ended(Ok(farewell)) => return Ok(Ended::Farewell(farewell)),
                     Seen::Ended(Err(error)) => return Ok(Ended::Failed(error.to_string())),
                 },
@@ -253,8 +258,8 @@ impl<'a> Scene<'a> {
             whole: None,
             generation: self.generation,
         });
-        let hands = self.hands.clone();
-        self.acts.spawn(async move { (at, hands.inject(fault).await) });
+        let (hands, step) = (self.hands.clone(), self.step);
+        self.acts.spawn(async move { (at, hands.inject(fault, step).await) });
         Some(format!("chaos {}: worker-{}, {}", at + 1, fault.slot, fault.act))
     }
 
@@ -302,15 +307,20 @@ impl<'a> Scene<'a> {
                 self.whole = false;
                 self.named(self.slots.get(worker).copied(), &event.text);
             }
-            Event::CheckpointWritten { .. } => self.saved.send_modify(|saves| *saves += 1),
-            Event::CheckpointFailed { .. } => {
+            Event::CheckpointWritten { step } => self.tried(*step),
+            Event::CheckpointFailed { step, .. } => {
                 // It names no worker; the one whose disk is full is meant.
                 let disk = self.told.iter().rfind(|t| t.fault.act == Act::Disk && t.over.is_none());
                 self.named(disk.map(|told| told.fault.slot), &event.text);
-                self.saved.send_modify(|saves| *saves += 1);
+                self.tried(*step);
             }
             _ => {}
         }
+    }
+
+    /// A checkpoint was written, or failed.
+    fn tried(&self, step: Step) {
+        self.saved.send_modify(|newest| *newest = step.0.max(*newest));
     }
 
     /// An event names a worker: of the faults that nobody has noticed, which one is it?

@@ -98,3 +98,18 @@ async fn snapped() {
     });
     ended.await.ok();
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_cannot_dial_is_not_advertised() {
+        for good in ["203.0.113.7:4400", "gpu-3.example.org:1", "[2001:db8::1]:4400"] {
+            assert_eq!(reachable(good).as_deref(), Ok(good));
+        }
+        for bad in ["", "203.0.113.7", ":4400", "host:0", "host:http", "host:70000"] {
+            assert!(reachable(bad).is_err(), "{bad}");
+        }
+    }
+}
