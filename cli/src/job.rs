@@ -15,26 +15,26 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What `train` and `coordinator` take.
-#[derive(clap::Args)]
+/// What `train`, `coordinator` and `chaos` take.
+#[derive(Clone, clap::Args)]
 pub struct Args {
     /// The run file.
     pub file: PathBuf,
     /// Worker processes, instead of cluster.workers.
     #[arg(long, value_name = "N")]
-    workers: Option<u32>,
+    pub workers: Option<u32>,
     /// Length of the run in steps, instead of recipe.steps.
     #[arg(long, value_name = "N")]
-    steps: Option<u32>,
+    pub steps: Option<u32>,
     /// Folder of the run; by default .caravan/runs/NAME.
     #[arg(long, value_name = "DIR")]
-    run: Option<PathBuf>,
+    pub run: Option<PathBuf>,
     /// Train on these instead of data.paths: folders, text, JSONL or Parquet files.
     #[arg(long, value_name = "PATH", num_args = 1..)]
-    data: Vec<PathBuf>,
+    pub data: Vec<PathBuf>,
     /// Use this value instead of the file's; KEY is dotted, as in recipe.learning_rate=1e-3.
     #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    pub set: Vec<String>,
 }
 
 /// Everything that a coordinator needs, checked and at hand.
@@ -47,7 +47,9 @@ pub struct Job {
     pub log: PathBuf,
     prepared: Prepared,
     found: Found,
-    _telemetry: Guard,
+    /// Where this job is what the process is for.
+    #[allow(dead_code, reason = "it is kept to be dropped")]
+    telemetry: Option<Guard>,
 }
 
 impl Args {
@@ -74,6 +76,19 @@ impl Job {
     /// # Errors
     /// With the first of these that does not work; nothing was started then.
     pub fn prepare(args: &Args) -> Result<Self, Box<dyn Error + Send + Sync>> {
+        let mut job = Self::open(args)?;
+        job.telemetry = Some(telemetry::init("coordinator", &LogTarget::File(job.log.clone()))?);
+        for Refused { name, reason } in &job.found.refused {
+            say(&format!("checkpoint {name} is damaged and was passed over: {reason}"));
+        }
+        Ok(job)
+    }
+
+    /// As [`prepare`](Self::prepare), for a process that has several jobs and logs by itself.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare).
+    pub fn open(args: &Args) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let settings = config::load(&args.file, &args.overrides())?;
         for note in &settings.notes {
             say(&format!("note: {note}"));
@@ -85,13 +100,9 @@ impl Job {
         let spec = spec(&settings, prepared.spec.clone(), &path)?;
         let run = RunDir::start(&path, &spec, &prepared.dir)?;
         let log = run.logs().join("coordinator.log");
-        let telemetry = telemetry::init("coordinator", &LogTarget::File(log.clone()))?;
         let history = ledger::newest(&run.ledger())?;
         let found = newest_intact_until(&run.checkpoints(), history)?;
-        for Refused { name, reason } in &found.refused {
-            say(&format!("checkpoint {name} is damaged and was passed over: {reason}"));
-        }
-        Ok(Self { settings, run, log, prepared, found, _telemetry: telemetry })
+        Ok(Self { settings, run, log, prepared, found, telemetry: None })
     }
 
     /// The step of the checkpoint that the run goes on from.

@@ -2,6 +2,7 @@
 //! here they are only put together, and errors are told in one way.
 
 mod audit;
+mod chaos;
 mod commands;
 mod config;
 mod estimate;
@@ -12,6 +13,7 @@ mod run_dir;
 mod supervisor;
 mod telemetry;
 mod view;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use std::error::Error;
@@ -43,6 +45,8 @@ enum Command {
     Audit(commands::audit::Args),
     /// Tell the coordinator's core again what it was told, and compare what it decides.
     Replay(commands::replay::Args),
+    /// Kill, stop and cut off workers of a run on purpose, and compare its bits with a quiet run's.
+    Chaos(commands::chaos::Args),
     /// Generate text from a checkpoint.
     Generate(commands::generate::Args),
     /// Show a run at this moment.
@@ -75,6 +79,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => commands::inspect::run(&args, &mut out),
         Command::Audit(args) => commands::audit::run(&args, &mut out),
         Command::Replay(args) => commands::replay::run(&args, &mut out),
+        Command::Chaos(args) => commands::chaos::run(&args, &mut out),
         Command::Generate(args) => commands::generate::run(&args, &mut out),
         Command::Status(args) => commands::status::run(&args, &mut out),
     };

@@ -52,6 +52,8 @@ pub struct Options {
     pub coordinator: String,
     /// Where to listen for other workers; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// The host:port under which other workers reach it, where that is not where it listens.
+    pub advertise: Option<String>,
     /// Compute threads.
     pub threads: usize,
     /// Memory that the worker may use, in bytes; not known where none.
@@ -75,8 +77,11 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
     let mut signals = Signals::listen().map_err(WorkerError::Start)?;
     let unheard = |source| WorkerError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(unheard)?;
-    let fabric = advertised(&listener, &options.coordinator).await.map_err(unheard)?;
-    let hello = hello(&options, fabric);
+    let fabric = match &options.advertise {
+        Some(address) => address.clone(),
+        None => advertised(&listener, &options.coordinator).await.map_err(unheard)?.to_string(),
+    };
+    let hello = hello(&options, fabric.clone());
     let (session, welcome) = tokio::select! {
         joined = Session::join(&options.coordinator, &hello, PATIENCE) => joined?,
         () = signals.next() => return Ok(Farewell::Left),
@@ -105,14 +110,14 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
     driver.run().await
 }
 
-fn hello(options: &Options, fabric: SocketAddr) -> Hello {
+fn hello(options: &Options, fabric: String) -> Hello {
     let host = host();
     Hello {
         protocol: PROTOCOL_VERSION,
         build: env!("CARGO_PKG_VERSION").into(),
         name: options.name.clone().unwrap_or_else(|| format!("{host}:{}", std::process::id())),
         host,
-        fabric: fabric.to_string(),
+        fabric,
         families: Family::available().into_iter().map(|f| f.name().to_owned()).collect(),
         threads: options.threads as u32,
         resume: None,

@@ -1,4 +1,4 @@
-//! The signals by which people and supervisors ask a process to go.
+//! The signals by which people and supervisors ask a process to go, and one that must not end it.
 
 use std::io;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -7,13 +7,17 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// SIGXFSZ comes with a write past the limit on the size of files. Taken here, it leaves the
+    /// write its error: then a checkpoint fails and says why, instead of the worker dying of it.
+    _file_size: Signal,
 }
 
 impl Signals {
     /// From now on these signals do not end the process by themselves.
     pub fn listen() -> io::Result<Self> {
         let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        Ok(Self { terminate, interrupt })
+        let file_size = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?;
+        Ok(Self { terminate, interrupt, _file_size: file_size })
     }
 
     /// Waits for the next one.

@@ -19,6 +19,7 @@ async fn a_worker_that_was_not_taken_on_yet_leaves_at_once() {
         memory: None,
         speed: None,
         name: None,
+        advertise: None,
     };
     let worker = tokio::spawn(run(options));
     let _dialled = silent.accept().await.unwrap();

@@ -1,6 +1,7 @@
 //! The subcommands.
 
 pub mod audit;
+pub mod chaos;
 pub mod config;
 pub mod coordinator;
 pub mod generate;

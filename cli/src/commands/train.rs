@@ -6,21 +6,19 @@ use crate::commands::generate;
 use crate::config::Settings;
 use crate::job::{Args, Job};
 use crate::run_dir::RunDir;
-use crate::supervisor::{Notice, Supervisor, Worker};
-use crate::view::View;
+use crate::supervisor::{GOOD_LIFE, Supervisor, Worker};
+use crate::watch::{Seen, Watch};
 use crate::{Failure, Outcome, say};
 use caravan_checkpoint::{Checkpoint, newest_intact};
-use caravan_coordinator::{Running, Update, serve};
+use caravan_coordinator::{Running, serve};
 use caravan_types::Step;
 use caravan_types::message::Farewell;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
 
 /// How long workers may take to end once the run has: they have been told, and only close files.
-const FAREWELL: Duration = Duration::from_secs(5);
+pub const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Tokens of the sample at the end.
 const SAMPLE: usize = 96;
@@ -58,16 +56,18 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
 }
 
 /// Coordinator, workers and view, until the run has ended.
-async fn train(job: &mut Job) -> Result<Farewell, Failure> {
+pub async fn train(job: &mut Job) -> Result<Farewell, Failure> {
     let running = start(job, false).await?;
     let cluster = &job.settings.cluster;
     let worker = Worker {
         program: std::env::current_exe()?,
         coordinator: running.address,
+        network: None,
         threads: cluster.threads,
         logs: job.run.logs(),
+        good_life: GOOD_LIFE,
     };
-    let mut supervisor = Supervisor::start(&worker, cluster.workers);
+    let mut supervisor = Supervisor::start(vec![worker; cluster.workers as usize]);
     let ended = watch(&running, job.settings.recipe.steps, Some(&mut supervisor)).await;
     supervisor.ended(FAREWELL).await;
     running.shutdown().await;
@@ -96,74 +96,24 @@ pub async fn start(job: &mut Job, recover: bool) -> Result<Running, Failure> {
 pub async fn watch(
     running: &Running,
     steps: u64,
-    mut supervisor: Option<&mut Supervisor>,
+    supervisor: Option<&mut Supervisor>,
 ) -> Result<Farewell, Failure> {
-    let mut signals = stop_signals()?;
-    let mut updates = running.handle.subscribe();
-    let mut view = View::new(steps);
+    let mut watch = Watch::new(running, steps, supervisor)?;
     let mut asked = false;
-    let mut given_up = String::new();
-    let ended = running.handle.ended();
-    tokio::pin!(ended);
     let outcome = loop {
-        let notice = async {
-            match &mut supervisor {
-                Some(supervisor) => supervisor.notice().await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            ended = &mut ended => break ended.map_err(Into::into),
-            Some(update) = updates.next() => show(&mut view, &update),
-            notice = notice => match notice {
-                Some(Notice::Restarting { slot, ended, pause }) => {
-                    view.say(&format!("worker-{slot} {ended}; starting it again in {pause:?}"));
-                }
-                Some(Notice::GivenUp { slot, reason }) => {
-                    view.say(&format!("worker-{slot} is not started again: {reason}"));
-                    given_up = format!("worker-{slot} {reason}");
-                }
-                None if given_up.is_empty() => supervisor = None,
-                None => break Err(TrainError::NoWorkers(given_up).into()),
-            },
-            Some(()) = signals.recv() => {
-                if asked {
-                    break Err(TrainError::Interrupted.into());
-                }
+        match watch.next().await {
+            Seen::Update(_) => {}
+            Seen::Asked if asked => break Err(TrainError::Interrupted.into()),
+            Seen::Asked => {
                 asked = true;
-                if let Some(supervisor) = &supervisor {
-                    supervisor.stop_restarting();
-                }
+                watch.stop_restarting();
                 running.handle.drain().await;
             }
+            Seen::Ended(ended) => break ended,
         }
     };
-    // What was said last may still be on its way to the view.
-    while let Ok(Some(update)) = tokio::time::timeout(Duration::from_millis(50), updates.next()).await {
-        if let Update::Event(_) = update {
-            show(&mut view, &update);
-        }
-    }
+    watch.rest().await;
     outcome
-}
-
-fn show(view: &mut View, update: &Update) {
-    match update {
-        Update::Snapshot(snapshot) => view.snapshot(snapshot),
-        Update::Step(step) => view.step(step),
-        Update::Event(event) => view.event(event),
-    }
-}
-
-/// One message for each SIGINT and SIGTERM.
-fn stop_signals() -> std::io::Result<mpsc::Receiver<()>> {
-    // The first drains and the second stops; a third one changes nothing.
-    let (sender, receiver) = mpsc::channel(2);
-    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
-        let (mut signal, sender) = (signal(kind)?, sender.clone());
-        tokio::spawn(async move { while signal.recv().await.is_some() && sender.send(()).await.is_ok() {} });
-    }
-    Ok(receiver)
 }
 
 /// What the run has come to.

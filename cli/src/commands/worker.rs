@@ -17,6 +17,10 @@ pub struct Args {
     /// Where to listen for other workers; port 0 takes a free one.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
+    /// Where other workers reach this one, where that is not where it listens: behind NAT or a
+    /// proxy.
+    #[arg(long, value_name = "HOST:PORT", value_parser = reachable)]
+    advertise: Option<String>,
     /// Compute threads; as many as there are cores by default.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -32,6 +36,14 @@ pub struct Args {
     /// End when standard input does, as it does with the process that started this one.
     #[arg(long, hide = true)]
     tether: bool,
+}
+
+/// An address that others can dial.
+fn reachable(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':').map(|(host, port)| (host, port.parse::<u16>())) {
+        Some((host, Ok(1..))) if !host.is_empty() => Ok(text.to_owned()),
+        _ => Err("must be a host and a port, such as 203.0.113.7:4400".to_owned()),
+    }
 }
 
 /// A speed that the coordinator takes.
@@ -50,6 +62,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + S
     let options = Options {
         coordinator: args.join.trim_start_matches("http://").to_owned(),
         listen: args.listen,
+        advertise: args.advertise.clone(),
         threads: args.threads.unwrap_or_else(cores).max(1),
         memory: args.memory,
         speed: args.speed,
@@ -84,4 +97,19 @@ async fn snapped() {
         sender.send(()).ok();
     });
     ended.await.ok();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_cannot_dial_is_not_advertised() {
+        for good in ["203.0.113.7:4400", "gpu-3.example.org:1", "[2001:db8::1]:4400"] {
+            assert_eq!(reachable(good).as_deref(), Ok(good));
+        }
+        for bad in ["", "203.0.113.7", ":4400", "host:0", "host:http", "host:70000"] {
+            assert!(reachable(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -97,7 +97,15 @@ type Worker = JoinHandle<Result<Farewell, WorkerError>>;
 
 fn start(stub: &Stub) -> Worker {
     let (coordinator, listen) = (stub.address.clone(), "127.0.0.1:0".parse().unwrap());
-    tokio::spawn(run(Options { coordinator, listen, threads: 1, memory: None, speed: None, name: None }))
+    tokio::spawn(run(Options {
+        coordinator,
+        listen,
+        threads: 1,
+        memory: None,
+        speed: None,
+        name: None,
+        advertise: None,
+    }))
 }
 
 /// Takes on as many workers, and has them stop for the first generation.
@@ -232,8 +240,16 @@ const COORDINATOR: &str = "CARAVAN_TEST_COORDINATOR";
 async fn the_first_signal_asks_to_leave_and_the_second_one_ends_at_once() {
     if let Ok(coordinator) = std::env::var(COORDINATOR) {
         let listen = "127.0.0.1:0".parse().unwrap();
-        let ended =
-            run(Options { coordinator, listen, threads: 1, memory: None, speed: None, name: None }).await;
+        let ended = run(Options {
+            coordinator,
+            listen,
+            threads: 1,
+            memory: None,
+            speed: None,
+            name: None,
+            advertise: None,
+        })
+        .await;
         std::process::exit(Exit::from(&ended) as i32);
     }
     let (run, mut stub) = (Run::new(), Stub::start().await);
@@ -269,6 +285,7 @@ async fn a_taken_fabric_port_is_named() {
         memory: None,
         speed: None,
         name: None,
+        advertise: None,
     })
     .await;
     let error = ended.as_ref().unwrap_err().to_string();
