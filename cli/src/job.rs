@@ -125,7 +125,7 @@ impl Job {
             redundancy: cluster.redundancy,
             stages: Some(cluster.stages).filter(|stages| *stages > 0),
             workers: cluster.workers,
-            detect_ms: cluster.detect.as_millis() as u64,
+            timing: cluster.timing,
             checkpoint_every: cluster.checkpoint_every,
             keep_checkpoints: cluster.keep as usize,
             checkpoint: self.checkpoint(),

@@ -19,9 +19,6 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-/// How long workers may take to end once the run has: they have been told, and only close files.
-const FAREWELL: Duration = Duration::from_secs(5);
-
 /// Tokens of the sample at the end.
 const SAMPLE: usize = 96;
 
@@ -69,7 +66,7 @@ async fn train(job: &mut Job) -> Result<Farewell, Failure> {
     };
     let mut supervisor = Supervisor::start(&worker, cluster.workers);
     let ended = watch(&running, job.settings.recipe.steps, Some(&mut supervisor)).await;
-    supervisor.ended(FAREWELL).await;
+    supervisor.ended(job.settings.cluster.timing.farewell()).await;
     running.shutdown().await;
     job.run.set_address(None)?;
     ended

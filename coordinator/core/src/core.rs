@@ -11,6 +11,7 @@ use caravan_types::message::{
 };
 use caravan_types::progress::Doing;
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
+use caravan_types::timing::millis;
 use caravan_types::{Generation, Member, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,8 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 /// more likely on its side of the network, and trying again has not helped twice.
 const MOST_SUSPICIONS: u32 = 3;
 
-/// Reading from a disk may take this many times the failure budget: minutes by default.
-const SLOWEST_DISK: u64 = 60;
 /// FLOP/s of a worker that says that its speed is 1: an ordinary core, with vectors of fp32.
 /// Only its ratio to the speed of the links decides anything.
 const FLOPS_OF_SPEED_1: f64 = 5e10;
@@ -75,7 +74,7 @@ impl Core {
         // What a checkpoint has needs nobody who remembers it.
         let committed = restored.committed.filter(|c| Some(c.step) > restored.checkpoint);
         Self {
-            deadline: plan.as_ref().map(|_| now + config.detect_ms),
+            deadline: plan.as_ref().map(|_| now + millis(config.timing.reattach())),
             config,
             demand,
             table,
@@ -123,7 +122,8 @@ impl Core {
         if self.over() {
             return None;
         }
-        let silent = self.members.iter().map(|(_, w)| w.heard + self.config.detect_ms).min();
+        let silence = millis(self.config.timing.silence());
+        let silent = self.members.iter().map(|(_, w)| w.heard + silence).min();
         silent.into_iter().chain(self.deadline).min()
     }
 
@@ -300,11 +300,11 @@ impl Core {
             _ => false,
         };
         let Some(plan) = self.plan.as_ref().filter(|_| stepping) else { return };
-        let detect = self.config.detect_ms;
+        let timing = self.config.timing;
         // Opening data and reading a checkpoint are one task each, and as slow as a disk may be.
         let budget = |w: &Worker| match w.engine.doing {
-            Doing::Nothing | Doing::Loading => SLOWEST_DISK * detect,
-            _ => detect,
+            Doing::Nothing | Doing::Loading => millis(timing.slow_disk()),
+            _ => millis(timing.hang()),
         };
         let still = |w: &Worker| now >= w.moved + budget(w);
         let all: BTreeMap<WorkerId, &Worker> = self.members.iter().filter(|(id, _)| plan.has(*id)).collect();
@@ -319,7 +319,8 @@ impl Core {
     }
 
     fn tick(&mut self, now: Millis, out: &mut Vec<Output>) {
-        let due = |heard: Millis| now >= heard + self.config.detect_ms;
+        let silence = millis(self.config.timing.silence());
+        let due = |heard: Millis| now >= heard + silence;
         let silent: Vec<WorkerId> =
             self.members.iter().filter(|(_, w)| due(w.heard)).map(|(id, _)| id).collect();
         for worker in silent {
@@ -360,7 +361,7 @@ impl Core {
                 self.stop(now, false, out)
             }
             Phase::Gathering => {
-                self.deadline.get_or_insert(now + self.config.detect_ms);
+                self.deadline.get_or_insert(now + millis(self.config.timing.answer()));
             }
             Phase::Regrouping if dead && self.boundary => self.stop(now, false, out),
             Phase::Regrouping => self.decide(now, out),
@@ -397,7 +398,7 @@ impl Core {
         self.boundary = boundary;
         // A stop at once is answered at once. A step may take as long as it takes; a member
         // that dies in it is known by its session or its silence.
-        self.deadline = (!boundary).then_some(now + self.config.detect_ms);
+        self.deadline = (!boundary).then_some(now + millis(self.config.timing.answer()));
         self.members.clear_reports();
         out.push(Output::Persist(Record::Generation(self.generation)));
         out.push(Output::Note(Event::Stopping { generation: self.generation, boundary }));

@@ -32,7 +32,7 @@ pub use crate::planner::{Candidate, Demand, LINK_BYTES_PER_S, NoPlan, Start, pla
 use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, ToWorker};
 use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
-use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, WorkerId};
+use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, Timing, WorkerId};
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds on a clock that only goes forward, from any origin.
@@ -60,8 +60,8 @@ pub struct Config {
     /// The first plan waits for this many workers, but no longer than the failure budget
     /// once the first one is there.
     pub workers: u32,
-    /// The failure budget.
-    pub detect_ms: u64,
+    /// The failure budget, and what follows from it.
+    pub timing: Timing,
 }
 
 /// What is known from before this coordinator started.

@@ -11,7 +11,7 @@ use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::{
     BatchShape, Digest, Generation, Member, MicroId, ModelShape, Plan, SliceId, SliceSet, Source, Step,
-    WorkerId,
+    Timing, WorkerId,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -127,7 +127,7 @@ impl Stage {
             family: "avx512".into(),
             redundancy: words.number("redundancy", 2) as u32,
             workers: words.number("workers", 2) as u32,
-            detect_ms: 1000,
+            timing: Timing::from_millis(1000),
         };
         let restored = Restored {
             generation: Generation(words.number("generation", 0)),

@@ -17,7 +17,7 @@ use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::PeerMessage;
 use caravan_types::status::Event;
 use caravan_types::task::Done;
-use caravan_types::{BatchShape, Generation, ModelShape, Plan, SliceId, SliceTable, Step, WorkerId};
+use caravan_types::{BatchShape, Generation, ModelShape, Plan, SliceId, SliceTable, Step, Timing, WorkerId};
 use caravan_worker_core as worker;
 use network::{Frame, Network};
 use std::collections::{BTreeMap, VecDeque};
@@ -211,7 +211,7 @@ impl<'a> Cluster<'a> {
             redundancy: options.redundancy,
             stages: options.stages,
             workers: options.workers,
-            detect_ms: 1000,
+            timing: Timing::from_millis(1000),
         };
         Self {
             table: SliceTable::new(&shape),
@@ -505,7 +505,7 @@ impl<'a> Cluster<'a> {
             batch: self.options.batch(),
             steps: self.options.steps,
             checkpoint_every: self.options.checkpoint_every,
-            detect_ms: 1000,
+            timing: Timing::from_millis(1000),
         };
         let core = worker::Core::new(config, self.now);
         self.nodes.insert(worker, Node { core, toy: Toy::default(), session });

@@ -12,7 +12,9 @@ use caravan_types::message::{
 use caravan_types::progress::EngineProgress;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::task::SavedPart;
-use caravan_types::{Digest, RunSpec, SliceId};
+use caravan_types::timing::millis;
+use caravan_types::{Digest, RunSpec, SliceId, Timing};
+use std::time::Duration;
 
 variants!(
     Activity,
@@ -174,7 +176,9 @@ impl From<Welcome> for pb::Welcome {
             worker: welcome.worker.0,
             spec: Some((&welcome.spec).into()),
             redundancy: welcome.redundancy,
-            detect_ms: welcome.detect_ms,
+            detect_ms: millis(welcome.timing.detect()),
+            heartbeat_ms: welcome.timing.set_heartbeat().map(millis),
+            reattach_ms: welcome.timing.set_reattach().map(millis),
             checkpoint_every: welcome.checkpoint_every,
             data: welcome.data,
             checkpoints: welcome.checkpoints,
@@ -187,11 +191,15 @@ impl TryFrom<pb::Welcome> for Welcome {
     type Error = Malformed;
 
     fn try_from(welcome: pb::Welcome) -> Result<Self, Malformed> {
+        let timing = Timing::from_millis(welcome.detect_ms)
+            .with_heartbeat(welcome.heartbeat_ms.map(Duration::from_millis))
+            .with_reattach(welcome.reattach_ms.map(Duration::from_millis));
+        timing.validate().map_err(|disorder| Why::Disorder(disorder).at("Welcome.detect_ms"))?;
         Ok(Self {
             worker: limits::worker(welcome.worker, "Welcome.worker")?,
             spec: required(welcome.spec, "Welcome.spec")?.try_into()?,
             redundancy: welcome.redundancy,
-            detect_ms: welcome.detect_ms,
+            timing,
             checkpoint_every: welcome.checkpoint_every,
             data: text(welcome.data, "Welcome.data")?,
             checkpoints: text(welcome.checkpoints, "Welcome.checkpoints")?,
