@@ -1,5 +1,6 @@
 //! The coordinator's state and its transitions.
 
+use crate::accused::Accusations;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
 use crate::planner::{self, Candidate, Demand};
@@ -14,10 +15,6 @@ use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
 use caravan_types::timing::millis;
 use caravan_types::{Generation, Member, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
-
-/// A worker that others lost this often without a step in between is cut out: the fault is
-/// more likely on its side of the network, and trying again has not helped twice.
-const MOST_SUSPICIONS: u32 = 3;
 
 /// FLOP/s of a worker that says that its speed is 1: an ordinary core, with vectors of fp32.
 /// Only its ratio to the speed of the links decides anything.
@@ -41,13 +38,14 @@ pub struct Core {
     /// The plan in force: none before the first one and after all its members died.
     pub(crate) plan: Option<Plan>,
     /// While regrouping: whether the step in flight is finished first.
-    boundary: bool,
+    pub(crate) boundary: bool,
     /// When gathering ends with fewer workers than wanted, or a stop must be answered.
     pub(crate) deadline: Option<Millis>,
     /// The newest committed step, as told.
     committed: Option<Committed>,
     pub(crate) checkpoint: Option<Step>,
     pub(crate) saves: Saves,
+    pub(crate) accusations: Accusations,
     divergences: u32,
     pub(crate) draining: bool,
     /// While recovering: members that are not back yet.
@@ -87,6 +85,7 @@ impl Core {
             committed,
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
+            accusations: Accusations::default(),
             divergences: 0,
             draining: false,
             awaited,
@@ -124,7 +123,7 @@ impl Core {
         }
         let silence = millis(self.config.timing.silence());
         let silent = self.members.iter().map(|(_, w)| w.heard + silence).min();
-        silent.into_iter().chain(self.deadline).min()
+        silent.into_iter().chain(self.deadline).chain(self.accusations.until).min()
     }
 
     /// Where the run is in its life.
@@ -225,7 +224,7 @@ impl Core {
             }
             FromWorker::Report(report) => self.report(now, worker, report, out),
             FromWorker::Committed(committed) => self.commit(now, worker, committed, out),
-            FromWorker::PeerLost { generation, peer } => self.suspect(now, generation, peer, out),
+            FromWorker::PeerLost { generation, peer } => self.suspect(now, generation, worker, peer, out),
             FromWorker::Diverged { generation, step, .. } => {
                 self.diverged(now, worker, generation, step, out)
             }
@@ -246,25 +245,6 @@ impl Core {
         }
         out.push(Output::Note(Event::Lost { worker, reason }));
         self.consider(now, out);
-    }
-
-    /// A connection between two members broke. Whoever is dead will be known at once by its
-    /// session; whoever lives gets a new generation with new connections.
-    fn suspect(&mut self, now: Millis, generation: Generation, peer: WorkerId, out: &mut Vec<Output>) {
-        let current = self.plan.as_ref().is_some_and(|p| p.generation == generation);
-        if !current || self.phase == Phase::Regrouping && !self.boundary {
-            return;
-        }
-        if self.phase == Phase::Recovering {
-            self.missed.insert(peer);
-            return self.recover(now, false, out);
-        }
-        let Some(suspect) = self.members.get_mut(peer) else { return };
-        suspect.suspected += 1;
-        if suspect.suspected >= MOST_SUSPICIONS {
-            return self.lose(now, peer, LossReason::Misbehaved, out);
-        }
-        self.stop(now, false, out);
     }
 
     fn diverged(
@@ -325,6 +305,9 @@ impl Core {
             self.members.iter().filter(|(_, w)| due(w.heard)).map(|(id, _)| id).collect();
         for worker in silent {
             self.lose(now, worker, LossReason::Silent, out);
+        }
+        if self.accusations.until.is_some_and(|until| now >= until) {
+            self.judge(now, out);
         }
         if self.deadline.is_some_and(|d| now >= d) {
             self.deadline = None;
@@ -399,6 +382,9 @@ impl Core {
         // A stop at once is answered at once. A step may take as long as it takes; a member
         // that dies in it is known by its session or its silence.
         self.deadline = (!boundary).then_some(now + millis(self.config.timing.answer()));
+        if !boundary {
+            self.accusations.stopped();
+        }
         self.members.clear_reports();
         out.push(Output::Persist(Record::Generation(self.generation)));
         out.push(Output::Note(Event::Stopping { generation: self.generation, boundary }));
@@ -429,6 +415,7 @@ impl Core {
         let Some(reports) = self.members.reports(self.generation) else { return };
         let agreement = regroup::agree(&reports, self.committed.as_ref(), self.checkpoint, self.table.len());
         self.deadline = None;
+        self.accusations.stopped();
         let nobody_stays = self.members.iter().all(|(_, w)| w.leaving);
         if (self.draining || nobody_stays) && agreement.settled {
             return self.save(now, &agreement, out);
@@ -505,7 +492,7 @@ impl Core {
             return;
         }
         let members = plan.members.iter().map(|m| m.worker).collect();
-        self.members.clear_suspicions();
+        self.accusations.stepped();
         self.divergences = 0;
         self.committed = Some(committed.clone());
         out.push(Output::Committed { committed, members });

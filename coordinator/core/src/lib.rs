@@ -12,9 +12,12 @@
 //! 5. Sessions are numbered once; after [`Input::Closed`] a session says nothing more.
 //!
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
-//! survivors' reports add up to; `hang` finds who stands still; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
-//! `saves` watches checkpoints being written, `ending` is how a run ends.
+//! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out
+//! the slices, `saves` watches checkpoints being written, `ending` is how a run ends. `hang` finds who
+//! stands still, `accused` whose connections break; `recover` is what a restarted coordinator does
+//! first.
 
+mod accused;
 mod around;
 mod core;
 mod ending;

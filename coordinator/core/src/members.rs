@@ -27,8 +27,6 @@ pub(crate) struct Worker {
     pub(crate) moved: Millis,
     /// It asked to leave.
     pub(crate) leaving: bool,
-    /// How often others lost their connection to it since a step was last committed.
-    pub(crate) suspected: u32,
     /// Its answer to the stop of this generation.
     pub(crate) report: Option<Report>,
 }
@@ -58,7 +56,6 @@ impl Members {
             engine: EngineProgress::default(),
             moved: now,
             leaving: false,
-            suspected: 0,
             report: None,
         };
         self.workers.insert(id, worker);
@@ -119,11 +116,6 @@ impl Members {
     /// Forgets what was reported for older generations.
     pub(crate) fn clear_reports(&mut self) {
         self.workers.values_mut().for_each(|w| w.report = None);
-    }
-
-    /// Nobody is suspected of anything any more: a step was committed.
-    pub(crate) fn clear_suspicions(&mut self) {
-        self.workers.values_mut().for_each(|w| w.suspected = 0);
     }
 
     /// All reports for `generation`, if everybody has sent one.

@@ -185,6 +185,8 @@ pub enum LossReason {
     NotBack,
     /// It was alive and made no progress for longer than the failure budget.
     Hung,
+    /// It was alive, and connections between it and other members broke again and again.
+    Unreachable,
 }
 
 impl fmt::Display for LossReason {
@@ -195,6 +197,7 @@ impl fmt::Display for LossReason {
             Self::Left => "it asked to leave",
             Self::Misbehaved => "it broke the protocol",
             Self::Hung => "it made no progress for longer than the failure budget",
+            Self::Unreachable => "connections between it and other workers broke, though all of them live",
             Self::NotBack => "it did not come back to the restarted coordinator",
         })
     }

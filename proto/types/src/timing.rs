@@ -103,6 +103,14 @@ impl Timing {
         self.detect() * 60
     }
 
+    /// For others to accuse the same member, or for its session to close, once one has lost its
+    /// connection to it: detect / 10, from 10 milliseconds to a second. Sockets of a process that
+    /// died all close within milliseconds; peers that cannot be reached are given up together.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        (self.detect() / 10).clamp(Duration::from_millis(10), Duration::from_secs(1))
+    }
+
     /// For a stop to be answered, and for further workers at the start: whoever is alive says
     /// something within the failure budget.
     #[must_use]
@@ -253,12 +261,13 @@ impl Timing {
 
     /// All times, in the order of their names here, each with what it is.
     #[must_use]
-    pub fn table(&self) -> [(Duration, &'static str); 20] {
+    pub fn table(&self) -> [(Duration, &'static str); 21] {
         [
             (self.heartbeat(), "between a worker's heartbeats"),
             (self.silence(), "of silence, and a worker is lost"),
             (self.hang(), "without progress, and a member that others wait for is cut out"),
             (self.slow_disk(), "the same while it opens data or reads a checkpoint"),
+            (self.grace(), "to hear who else lost a member, and whether it is dead"),
             (self.answer(), "to report for a new generation, and to be there for the first plan"),
             (self.reattach(), "for members to come back to a restarted coordinator"),
             (self.retry(), "at most between attempts to find the coordinator"),
@@ -302,6 +311,11 @@ impl Timing {
                 "who is silent is dead, and is not to be called hanging",
             ),
             (("hang", self.hang()), ("slow disk", self.slow_disk()), "a disk is slower than an engine"),
+            (
+                ("grace", self.grace()),
+                ("dial", self.dial()),
+                "what broke once is tried again within the failure budget",
+            ),
             (
                 ("dial", self.dial()),
                 ("silence", self.silence()),

@@ -293,7 +293,7 @@ pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
 
 fn event() -> impl Strategy<Value = Event> {
     use LossReason::*;
-    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung]);
+    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung, Unreachable]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
         (worker(), text()).prop_map(|(worker, name)| Event::Reattached { worker, name }),
