@@ -126,6 +126,7 @@ impl Job {
             stages: Some(cluster.stages).filter(|stages| *stages > 0),
             workers: cluster.workers,
             timing: cluster.timing,
+            stragglers: cluster.stragglers,
             checkpoint_every: cluster.checkpoint_every,
             keep_checkpoints: cluster.keep as usize,
             checkpoint: self.checkpoint(),

@@ -11,6 +11,7 @@ use crate::{BadSetting, CoordinatorError, http, journal, listen};
 use caravan_checkpoint::Refused;
 use caravan_coordinator_core::{Config, Core, Restored};
 use caravan_types::message::Welcome;
+use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
 use caravan_types::{RunSpec, Step, Timing, WorkerId};
 use std::net::SocketAddr;
@@ -54,6 +55,8 @@ pub struct Options {
     pub workers: u32,
     /// The failure budget, and what follows from it.
     pub timing: Timing,
+    /// What is done about workers that are slower than they said.
+    pub stragglers: Stragglers,
     /// Steps between checkpoints; 0 for none but the last.
     pub checkpoint_every: u64,
     /// How many checkpoints are kept.
@@ -192,6 +195,7 @@ fn config(options: &Options) -> Config {
         stages: options.stages,
         workers: options.workers,
         timing: options.timing,
+        stragglers: options.stragglers,
     }
 }
 

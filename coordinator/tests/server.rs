@@ -12,7 +12,7 @@ use caravan_coordinator::{BadSetting, CoordinatorError, Options, Running, Update
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, PROTOCOL_VERSION, Refusal, Report, ToWorker, Welcome,
 };
-use caravan_types::progress::{EngineProgress, Wait};
+use caravan_types::progress::{EngineProgress, Stragglers, Wait};
 use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics};
 use caravan_types::*;
 use caravan_wire::{CoordinatorClient, Down, Timeouts, Up, connect, pb};
@@ -54,6 +54,7 @@ fn options(dir: &Path) -> Options {
         stages: None,
         workers: 1,
         timing: Timing::from_millis(DETECT_MS),
+        stragglers: Stragglers::Report,
         checkpoint_every: 50,
         keep_checkpoints: 2,
         checkpoint: None,

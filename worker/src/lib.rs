@@ -34,7 +34,7 @@ use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION, Welcome};
 use caravan_types::{Digest, RunSpec, SliceTable, Timing};
 use caravan_worker_core::{Config, Core};
 use driver::Driver;
-use engine::{Engine, frames_of_two_steps};
+use engine::{Costs, Engine, frames_of_two_steps};
 use fabric::{Fabric, Settings};
 use session::Session;
 use signals::Signals;
@@ -87,7 +87,8 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
         let frames = frames_of_two_steps(&slices, &spec.batch);
         let (watch, threads) = (Arc::default(), options.threads);
         let build = machine::builder(&welcome, threads, Arc::clone(&watch));
-        Engine::start(build, machine::writer(&welcome), watch, frames).map_err(WorkerError::Start)?
+        let costs = Costs { model: spec.model.clone(), batch: spec.batch };
+        Engine::start(build, machine::writer(&welcome), watch, costs, frames).map_err(WorkerError::Start)?
     };
     let fabric = Fabric::start(listener, settings(&welcome, slices));
     let driver = Driver {

@@ -102,6 +102,7 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
             line(out, key, format!("{time:?}"), "instead of the derived one")?;
         }
     }
+    line(out, "stragglers", c.stragglers.to_string(), "workers slower than they said")?;
     line(
         out,
         "checkpoint_every",
@@ -228,6 +229,7 @@ mod tests {
                 "model.preset=15m",
                 "cluster.detect=1500ms",
                 "cluster.heartbeat=100ms",
+                "cluster.stragglers=rebalance",
                 "recipe.learning_rate=0.30000000000000004",
             ],
         ] {

@@ -242,18 +242,20 @@ impl fmt::Display for Fault {
                 "must be at most {units}, the model's layers with its embedding and its head, of which every stage \
                  has at least one; 0 lets Caravan choose"
             ),
-            Self::Disorder { disorder, range, detect } => write!(
-                f,
-                "{disorder}; with cluster.detect = \"{detect:?}\" it may be from {:?} to {:?}, and is derived where it is \
-                 not given",
-                range.start(),
-                range.end()
-            ),
+            Self::Disorder { disorder, range, detect } => f.write_str(&fitting(disorder, range, *detect)),
             Self::NotAnAssignment => {
                 f.write_str("must be key=value with a dotted key, such as --set recipe.steps=100")
             }
         }
     }
+}
+
+/// What a time contradicts, and which would not.
+fn fitting(disorder: &Disorder, range: &RangeInclusive<Duration>, detect: Duration) -> String {
+    let (low, high) = (range.start(), range.end());
+    format!(
+        "{disorder}; with cluster.detect = \"{detect:?}\" it may be from {low:?} to {high:?}, or not be set at all"
+    )
 }
 
 /// Head counts near `wanted` that share `dim` with an even size each.

@@ -5,6 +5,7 @@ use super::reader::Reader;
 use super::settings::{Cluster, Kernels, Note, Settings};
 use caravan_data::{LEAST_VOCAB, Request};
 use caravan_kernels::Family;
+use caravan_types::progress::Stragglers;
 use caravan_types::timing::DETECT;
 use caravan_types::{BatchShape, ModelShape, Precision, Recipe, Timing};
 use std::net::SocketAddr;
@@ -255,6 +256,10 @@ fn cluster(r: &mut Reader, model: Option<&ModelShape>) -> Option<Cluster> {
     let redundancy = r.integer32("cluster.redundancy", 1..=MOST_WORKERS);
     let stages = r.integer32("cluster.stages", 0..=MOST_LAYERS + 2);
     let timing = timing(r);
+    let known = [Stragglers::Report, Stragglers::Rebalance];
+    let stragglers = r.choice("cluster.stragglers", "\"report\", \"rebalance\"", |name| {
+        known.into_iter().find(|s| s.to_string() == name)
+    });
     let every = r.integer("cluster.checkpoint_every", 0..=MOST_STEPS);
     let keep = r.integer32("cluster.keep", 1..=1 << 20);
     let address =
@@ -274,6 +279,7 @@ fn cluster(r: &mut Reader, model: Option<&ModelShape>) -> Option<Cluster> {
         redundancy: redundancy.unwrap_or(2),
         stages: stages.unwrap_or(0),
         timing: timing?,
+        stragglers: stragglers.unwrap_or_default(),
         checkpoint_every: every.unwrap_or(100),
         keep: keep.unwrap_or(3),
         listen: listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0))),

@@ -1,6 +1,7 @@
 //! What a run needs, checked and complete.
 
 use caravan_data::Request;
+use caravan_types::progress::Stragglers;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::{BatchShape, DataSpec, ModelShape, NumericsClass, Precision, Recipe, RunSpec, Timing};
 use std::fmt;
@@ -55,6 +56,8 @@ pub struct Cluster {
     pub stages: u32,
     /// The failure budget, and what follows from it.
     pub timing: Timing,
+    /// What is done about workers that are slower than they said.
+    pub stragglers: Stragglers,
     /// Steps between checkpoints; 0 for one at the end only.
     pub checkpoint_every: u64,
     /// Checkpoints that are kept.

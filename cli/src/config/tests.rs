@@ -139,6 +139,7 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         ("cluster.detect=20m", "must be from 100ms to 600s"),
         ("cluster.detect=3", "must be a time with its unit, such as \"3s\""),
         ("cluster.detect=-3s", "must be a time with its unit"),
+        ("cluster.stragglers=kill", "must be one of \"report\", \"rebalance\""),
         (
             "cluster.heartbeat=2s",
             "two heartbeats (4s) must not be longer than silence (3s): one heartbeat may be late",

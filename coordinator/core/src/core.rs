@@ -3,6 +3,7 @@
 use crate::accused::Accusations;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
+use crate::pace::Balance;
 use crate::planner::{self, Candidate, Demand};
 use crate::regroup::{self, Agreement};
 use crate::saves::Saves;
@@ -46,6 +47,7 @@ pub struct Core {
     pub(crate) checkpoint: Option<Step>,
     pub(crate) saves: Saves,
     pub(crate) accusations: Accusations,
+    pub(crate) balance: Balance,
     divergences: u32,
     pub(crate) draining: bool,
     /// While recovering: members that are not back yet.
@@ -86,6 +88,7 @@ impl Core {
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
             accusations: Accusations::default(),
+            balance: Balance::default(),
             divergences: 0,
             draining: false,
             awaited,
@@ -220,6 +223,7 @@ impl Core {
         match message {
             FromWorker::Heartbeat { applied, activity, wait, engine } => {
                 self.members.beat(worker, now, (applied, activity, wait, engine));
+                self.keep_pace(now, worker, out);
                 self.look_for_hang(now, out);
             }
             FromWorker::Report(report) => self.report(now, worker, report, out),
@@ -371,7 +375,7 @@ impl Core {
     fn wants_change(&self) -> bool {
         let Some(plan) = &self.plan else { return false };
         let joined = self.members.iter().any(|(id, _)| !plan.has(id));
-        joined || self.members.any_leaving() || self.draining
+        joined || self.members.any_leaving() || self.draining || self.balance.is_due(self.step())
     }
 
     /// Announces a new generation: everybody stops, at once or after the step in flight.
@@ -452,6 +456,7 @@ impl Core {
         for worker in plan.members.iter().map(|m| m.worker) {
             out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
         }
+        self.balance.planned(plan.base);
         self.plan = Some(plan);
         self.phase = Phase::Running;
         self.members.start_moving(now);
@@ -467,7 +472,7 @@ impl Core {
             all.push(Candidate {
                 member: Member { worker: id, fabric: worker.fabric.clone() },
                 host: worker.host.clone(),
-                speed: worker.speed * FLOPS_OF_SPEED_1,
+                speed: self.believed(worker) * FLOPS_OF_SPEED_1,
                 memory: worker.memory,
                 state: holding.state,
                 weights: holding.weights,

@@ -14,7 +14,7 @@
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
 //! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out
 //! the slices, `saves` watches checkpoints being written, `ending` is how a run ends. `hang` finds who
-//! stands still, `accused` whose connections break; `recover` is what a restarted coordinator does
+//! stands still, `accused` whose connections break, `pace` who is slow; `recover` is what a restarted coordinator does
 //! first.
 
 mod accused;
@@ -24,6 +24,7 @@ mod ending;
 mod hang;
 mod members;
 mod owners;
+mod pace;
 mod planner;
 mod recover;
 mod regroup;
@@ -33,6 +34,7 @@ pub use crate::core::Core;
 pub use crate::planner::{Candidate, Demand, LINK_BYTES_PER_S, NoPlan, Start, plan};
 
 use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, ToWorker};
+use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
 use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, Timing, WorkerId};
@@ -65,6 +67,8 @@ pub struct Config {
     pub workers: u32,
     /// The failure budget, and what follows from it.
     pub timing: Timing,
+    /// What is done about members that are slower than they said.
+    pub stragglers: Stragglers,
 }
 
 /// What is known from before this coordinator started.

@@ -1,5 +1,6 @@
 //! The workers that have a session, and what is known of each.
 
+use crate::pace::Pace;
 use crate::{Millis, Session};
 use caravan_types::message::{Activity, Hello, Report};
 use caravan_types::progress::{EngineProgress, Wait};
@@ -25,6 +26,8 @@ pub(crate) struct Worker {
     pub(crate) engine: EngineProgress,
     /// When anything of it last moved: its engine, its step, or what it waits for.
     pub(crate) moved: Millis,
+    /// How fast it really is.
+    pub(crate) pace: Pace,
     /// It asked to leave.
     pub(crate) leaving: bool,
     /// Its answer to the stop of this generation.
@@ -55,6 +58,7 @@ impl Members {
             wait: Wait::default(),
             engine: EngineProgress::default(),
             moved: now,
+            pace: Pace::default(),
             leaving: false,
             report: None,
         };
@@ -72,9 +76,12 @@ impl Members {
         (worker.applied, worker.activity, worker.wait, worker.engine) = (applied, activity, wait, engine);
     }
 
-    /// From now on it counts whether they move.
+    /// A plan is in force: from now on it counts whether they move, and how fast.
     pub(crate) fn start_moving(&mut self, now: Millis) {
-        self.workers.values_mut().for_each(|w| w.moved = now);
+        for worker in self.workers.values_mut() {
+            worker.moved = now;
+            worker.pace.restart();
+        }
     }
 
     pub(crate) fn remove(&mut self, id: WorkerId) -> bool {

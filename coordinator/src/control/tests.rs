@@ -5,7 +5,7 @@ use super::*;
 use crate::journal::tests::spec;
 use caravan_coordinator_core::{Core, Session};
 use caravan_types::message::{Committed, Hello, PROTOCOL_VERSION, Report};
-use caravan_types::progress::{EngineProgress, Wait};
+use caravan_types::progress::{EngineProgress, Stragglers, Wait};
 use caravan_types::{Generation, SliceSet, Timing};
 use std::fs;
 use std::path::Path;
@@ -21,6 +21,7 @@ fn config() -> Config {
         redundancy: 2,
         workers: 2,
         timing: Timing::from_millis(1000),
+        stragglers: Stragglers::Report,
     }
 }
 

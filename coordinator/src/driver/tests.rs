@@ -6,7 +6,7 @@ use crate::journal::tests::spec;
 use crate::store::{State, StoreError};
 use caravan_coordinator_core::Config;
 use caravan_types::message::{Activity, Committed, PROTOCOL_VERSION, Report};
-use caravan_types::progress::{EngineProgress, Wait};
+use caravan_types::progress::{EngineProgress, Stragglers, Wait};
 use caravan_types::status::LossReason;
 use caravan_types::{SliceSet, SliceTable, Timing};
 use std::io;
@@ -54,6 +54,7 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
         stages: Some(1),
         workers,
         timing: Timing::from_millis(60_000),
+        stragglers: Stragglers::Report,
     };
     let journal = journal::start(&dir.path().join("metrics.jsonl"), &spec, Step(0)).unwrap();
     let (appends, gate) = mpsc::channel(1);

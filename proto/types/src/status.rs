@@ -87,6 +87,18 @@ pub enum Event {
         /// A member that waits for it.
         waiting: Option<WorkerId>,
     },
+    /// A member computes slower than it said, compared with the others.
+    Slow {
+        /// The member.
+        worker: WorkerId,
+        /// How many times slower than the others, each measured against what it said.
+        factor: f64,
+    },
+    /// A slow member is as fast as it said again.
+    Recovers {
+        /// The member.
+        worker: WorkerId,
+    },
     /// A worker is gone.
     Lost {
         /// Its id.
@@ -226,6 +238,11 @@ impl fmt::Display for Event {
             Self::Stopping { generation, boundary: true } => {
                 write!(f, "stopping after this step for {generation}")
             }
+            Self::Slow { worker, factor } => write!(
+                f,
+                "{worker} computes {factor} times slower than the others, for the speed that each one said it has"
+            ),
+            Self::Recovers { worker } => write!(f, "{worker} is not slow any more"),
             Self::Stopping { generation, boundary: false } => write!(f, "stopping at once for {generation}"),
             Self::Planned { generation, base, members, moved } => {
                 let s = if members.len() == 1 { "" } else { "s" };

@@ -292,95 +292,125 @@ impl Timing {
     /// # Errors
     /// The first two that do not, with the reason.
     pub fn validate(&self) -> Result<(), Disorder> {
-        let second = Duration::from_secs(1);
-        let orders = [
-            (
+        let all = self.budget_orders().into_iter().chain(self.peer_orders()).chain(self.session_orders());
+        let broken = all.into_iter().find(|order| order.least.1 > order.most.1);
+        broken.map_or(Ok(()), Err)
+    }
+
+    /// What must hold between the failure budget and what counts as a failure.
+    fn budget_orders(&self) -> [Disorder; 5] {
+        [
+            order(
                 ("100ms", *DETECT.start()),
                 ("detect", self.detect()),
                 "a shorter budget calls workers dead that are only busy",
             ),
-            (("detect", self.detect()), ("600s", *DETECT.end()), "a person would have noticed by then"),
-            (
+            order(("detect", self.detect()), ("600s", *DETECT.end()), "a person would have noticed by then"),
+            order(
                 ("two heartbeats", self.heartbeat() * 2),
                 ("silence", self.silence()),
                 "one heartbeat may be late or lost without its worker being lost",
             ),
-            (
+            order(
                 ("silence", self.silence()),
                 ("hang", self.hang()),
                 "who is silent is dead, and is not to be called hanging",
             ),
-            (("hang", self.hang()), ("slow disk", self.slow_disk()), "a disk is slower than an engine"),
-            (
+            order(("hang", self.hang()), ("slow disk", self.slow_disk()), "a disk is slower than an engine"),
+        ]
+    }
+
+    /// What must hold between workers.
+    fn peer_orders(&self) -> [Disorder; 7] {
+        let second = Duration::from_secs(1);
+        [
+            order(
                 ("grace", self.grace()),
                 ("dial", self.dial()),
                 "what broke once is tried again within the failure budget",
             ),
-            (
+            order(
                 ("dial", self.dial()),
                 ("silence", self.silence()),
                 "a peer that cannot be reached is reported before it is lost by its silence",
             ),
-            (
+            order(
                 ("introduce", self.introduce()),
                 ("parked", self.parked()),
                 "a connection introduces itself before it is parked",
             ),
-            (
+            order(
                 ("two redials", self.redial() * 2),
                 ("dial", self.dial()),
                 "a peer that is starting is tried again",
             ),
-            (
+            order(
                 ("unacknowledged", self.unacknowledged()),
                 ("silence", self.silence()),
                 "a connection to a dead host breaks within the failure budget",
             ),
-            (
+            order(
                 ("three peer probes", self.peer_probe() * 3),
                 ("silence, or 3s", self.silence().max(second * 3)),
                 "an idle connection to a dead host breaks within the failure budget",
             ),
-            (
+            order(
                 ("answer and dial", self.answer() + self.dial()),
                 ("parked", self.parked()),
                 "a connection outlives the regrouping that makes its plan",
             ),
-            (
-                ("two retries", self.retry() * 2),
-                ("reattach", self.reattach()),
-                "members try at least twice before they count as dead",
-            ),
-            (
-                ("reattach", self.reattach()),
-                ("orphaned", self.orphaned()),
-                "members that have given up are not waited for",
-            ),
-            (
+        ]
+    }
+
+    /// What must hold between workers and the coordinator.
+    fn session_orders(&self) -> [Disorder; 7] {
+        [
+            order(
                 ("silence", self.silence()),
                 ("session answer", self.session_answer()),
                 "a worker does not hang up on a coordinator that is only busy",
             ),
-            (
+            order(
+                ("two retries", self.retry() * 2),
+                ("reattach", self.reattach()),
+                "members try at least twice before they count as dead",
+            ),
+            order(
+                ("reattach", self.reattach()),
+                ("orphaned", self.orphaned()),
+                "members that have given up are not waited for",
+            ),
+            order(
                 ("session answer", self.session_answer()),
                 ("orphaned", self.orphaned()),
                 "a coordinator that is gone is looked for again",
             ),
-            (
+            order(
                 ("close", self.close()),
                 ("see off", self.see_off()),
                 "a worker ends before the coordinator stops listening",
             ),
-            (("see off", self.see_off()), ("silence", self.silence()), "whoever is silent is not waited for"),
-            (
+            order(
+                ("see off", self.see_off()),
+                ("silence", self.silence()),
+                "whoever is silent is not waited for",
+            ),
+            order(
                 ("close", self.close()),
                 ("farewell", self.farewell()),
                 "a worker says goodbye before it is killed",
             ),
-        ];
-        let broken = orders.into_iter().find(|((_, least), (_, most), _)| least > most);
-        broken.map_or(Ok(()), |(least, most, reason)| Err(Disorder { least, most, reason }))
+        ]
     }
+}
+
+/// One thing that must hold.
+const fn order(
+    least: (&'static str, Duration),
+    most: (&'static str, Duration),
+    reason: &'static str,
+) -> Disorder {
+    Disorder { least, most, reason }
 }
 
 /// Two times of which the first must not be longer than the second, and is.

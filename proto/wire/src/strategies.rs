@@ -163,9 +163,9 @@ fn saved_part() -> impl Strategy<Value = SavedPart> {
 
 pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
     prop_oneof![
-        (step(), activity(), wait(), any::<u64>(), doing()).prop_map(
-            |(applied, activity, wait, moved, doing)| {
-                let engine = EngineProgress { moved, doing };
+        (step(), activity(), wait(), any::<(u64, u64, u64)>(), doing()).prop_map(
+            |(applied, activity, wait, (moved, busy_ms, work), doing)| {
+                let engine = EngineProgress { moved, doing, busy_ms, work };
                 FromWorker::Heartbeat { applied, activity, wait, engine }
             }
         ),
@@ -293,11 +293,15 @@ pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
 
 fn event() -> impl Strategy<Value = Event> {
     use LossReason::*;
-    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung, Unreachable]);
+    let reason =
+        prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung, Unreachable]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
         (worker(), text()).prop_map(|(worker, name)| Event::Reattached { worker, name }),
         generation().prop_map(|generation| Event::Recovered { generation }),
+        (worker(), 100..100_000u32)
+            .prop_map(|(worker, percent)| Event::Slow { worker, factor: f64::from(percent) / 100.0 }),
+        worker().prop_map(|worker| Event::Recovers { worker }),
         (worker(), doing(), option::of(worker()), any::<u64>()).prop_map(
             |(worker, doing, waiting, still_ms)| Event::Hung {
                 worker,

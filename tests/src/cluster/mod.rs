@@ -15,6 +15,7 @@ pub use random::Random;
 use caravan_coordinator_core as coordinator;
 use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::PeerMessage;
+use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
 use caravan_types::task::Done;
 use caravan_types::{BatchShape, Generation, ModelShape, Plan, SliceId, SliceTable, Step, Timing, WorkerId};
@@ -212,6 +213,7 @@ impl<'a> Cluster<'a> {
             stages: options.stages,
             workers: options.workers,
             timing: Timing::from_millis(1000),
+            stragglers: Stragglers::Report,
         };
         Self {
             table: SliceTable::new(&shape),

@@ -38,6 +38,8 @@ impl TryFrom<pb::FromWorker> for Up {
                 engine: EngineProgress {
                     moved: beat.engine_moved,
                     doing: from_json(&beat.engine_doing, "Heartbeat.engine_doing")?,
+                    busy_ms: beat.busy_ms,
+                    work: beat.work,
                 },
             },
             Message::Report(report) => FromWorker::Report(report.try_into()?),
@@ -66,6 +68,8 @@ impl From<FromWorker> for from_worker::Message {
                 wait: to_json(&wait),
                 engine_moved: engine.moved,
                 engine_doing: to_json(&engine.doing),
+                busy_ms: engine.busy_ms,
+                work: engine.work,
             }),
             FromWorker::Report(report) => Self::Report(report.into()),
             FromWorker::Committed(committed) => Self::Committed(committed.into()),
