@@ -107,7 +107,8 @@ async fn every_start_is_decided_the_same_again() {
     assert_eq!((&starts[0].start.config, &starts[0].start.restored), (&config(), &Restored::default()));
     let beat = &lines(&path)[6];
     assert_eq!(
-        beat, "{\"beat\":[60,2,1,\"Computing\",\"Engine\",{\"moved\":0,\"doing\":\"Nothing\"},null]}\n",
+        beat,
+        "{\"beat\":[60,2,1,\"Computing\",\"Engine\",{\"moved\":0,\"doing\":\"Nothing\",\"busy_ms\":0,\"work\":0},null]}\n",
         "most inputs are as short as this"
     );
 }
