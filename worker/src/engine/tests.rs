@@ -142,9 +142,9 @@ fn an_engine_that_cannot_start_or_go_on_or_panics_says_so_once_and_ends() {
     assert_eq!(failure(&mut reports), "starting the engine: the data is gone");
 
     let (engine, mut reports) = start(Fake::default(), no_save());
-    engine.run(Span::none(), Task::Place { units: 0..1 }).unwrap();
-    assert_eq!(failure(&mut reports), "Place { units: 0..1 }: no Place { units: 0..1 }");
-    engine.run(Span::none(), Task::Place { units: 0..1 }).unwrap();
+    engine.run(Span::none(), Task::Narrow { units: 0..1 }).unwrap();
+    assert_eq!(failure(&mut reports), "Narrow { units: 0..1 }: no Narrow { units: 0..1 }");
+    engine.run(Span::none(), Task::Narrow { units: 0..1 }).unwrap();
 
     let (engine, mut reports) = start(Fake::default(), no_save());
     engine.run(Span::none(), Task::Drop(SliceSet::default())).unwrap();
