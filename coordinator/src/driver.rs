@@ -334,12 +334,12 @@ impl<S: Store> Driver<S> {
         self.parts.journal.view(view).await;
     }
 
-    /// Ends all sessions, and waits for as long as the failure budget until their ends were
+    /// Ends all sessions, and waits a while until their ends were
     /// told: a process that ended at once would cut the goodbyes off.
     async fn see_off(&mut self) {
         self.shown.at -= VIEW_EVERY;
         self.publish().await;
-        let deadline = Instant::now() + Duration::from_millis(self.parts.welcome.detect_ms);
+        let deadline = Instant::now() + self.parts.welcome.timing.see_off();
         self.links.values_mut().for_each(|link| link.outbox = None);
         while !self.links.is_empty() {
             let Ok(Some(request)) = timeout_at(deadline, self.mailbox.recv()).await else { return };

@@ -2,6 +2,7 @@
 
 use crate::ledger::LedgerError;
 use crate::store::StoreError;
+use caravan_types::timing::Disorder;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -61,11 +62,9 @@ pub enum CoordinatorError {
 /// A setting that cannot work, with what would.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadSetting {
-    /// No failure budget.
-    #[error(
-        "detect must be at least 100 ms, not {0} ms: a shorter one calls workers dead that are only busy"
-    )]
-    Detect(u64),
+    /// Times contradict each other.
+    #[error("the failure budget and what follows from it do not fit together: {0}")]
+    Timing(Disorder),
     /// Nobody owns anything.
     #[error("redundancy must be at least 1: every slice needs an owner")]
     Redundancy,

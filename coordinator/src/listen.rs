@@ -13,6 +13,7 @@ use axum::http::uri::Authority;
 use axum::http::{StatusCode, Version, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
+use caravan_types::Timing;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
@@ -30,7 +31,8 @@ use tower::ServiceExt;
 /// bound of 1,024 open files a process; who comes later waits for a place.
 const MAX_CONNECTIONS: usize = 1000;
 
-/// A client that says nothing for so long is no client of ours.
+/// A client that says nothing for so long is no client of ours. Browsers open connections ahead
+/// of their use, so this has nothing to do with how soon a dead worker is known.
 const FIRST_BYTES: Duration = Duration::from_secs(10);
 
 /// How long to wait when the system cannot accept (no file handles left, say).
@@ -49,11 +51,11 @@ pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener, Coordinator
 }
 
 /// Serves connections until it is told to stop; then none is left. A peer that is silent on TCP's
-/// level for `detect` or a little longer is disconnected.
+/// level for a few times the failure budget is disconnected.
 pub(crate) async fn serve(
     listener: TcpListener,
     app: Router,
-    detect: Duration,
+    timing: Timing,
     mut stop: oneshot::Receiver<()>,
 ) {
     let app = match listener.local_addr() {
@@ -73,7 +75,7 @@ pub(crate) async fn serve(
             Ok((stream, peer)) => {
                 let app = app.clone();
                 connections.spawn(async move {
-                    connection(stream, peer, app, detect).await;
+                    connection(stream, peer, app, timing).await;
                     drop(place);
                 });
             }
@@ -85,8 +87,8 @@ pub(crate) async fn serve(
     }
 }
 
-async fn connection(stream: TcpStream, peer: SocketAddr, app: Router, detect: Duration) {
-    if let Err(error) = prepare(&stream, detect) {
+async fn connection(stream: TcpStream, peer: SocketAddr, app: Router, timing: Timing) {
+    if let Err(error) = prepare(&stream, timing) {
         tracing::debug!(%peer, %error, "socket options");
     }
     if tokio::time::timeout(FIRST_BYTES, stream.readable()).await.is_err() {
@@ -112,9 +114,9 @@ async fn connection(stream: TcpStream, peer: SocketAddr, app: Router, detect: Du
 }
 
 /// Small messages go out at once; a host that is cut off without a word is noticed.
-fn prepare(stream: &TcpStream, detect: Duration) -> io::Result<()> {
+fn prepare(stream: &TcpStream, timing: Timing) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let every = detect.max(Duration::from_secs(1)); // the option's resolution
+    let every = timing.port_probe();
     let keepalive = TcpKeepalive::new().with_time(every).with_interval(every).with_retries(3);
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }

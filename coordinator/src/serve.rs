@@ -11,19 +11,16 @@ use crate::{BadSetting, CoordinatorError, http, journal, listen};
 use caravan_checkpoint::Refused;
 use caravan_coordinator_core::{Config, Core, Restored};
 use caravan_types::message::Welcome;
+use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
-use caravan_types::{RunSpec, Step, WorkerId};
+use caravan_types::{RunSpec, Step, Timing, WorkerId};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
-
-/// Shortest failure budget: below it, an ordinary pause of a busy machine looks like a death.
-const MIN_DETECT_MS: u64 = 100;
 
 /// The paths of the gRPC service: package, service, method.
 const GRPC: &str = "/caravan.v1.Coordinator/{*method}";
@@ -56,8 +53,10 @@ pub struct Options {
     pub stages: Option<u32>,
     /// Workers that the first plan waits for.
     pub workers: u32,
-    /// The failure budget, in milliseconds.
-    pub detect_ms: u64,
+    /// The failure budget, and what follows from it.
+    pub timing: Timing,
+    /// What is done about workers that are slower than they said.
+    pub stragglers: Stragglers,
     /// Steps between checkpoints; 0 for none but the last.
     pub checkpoint_every: u64,
     /// How many checkpoints are kept.
@@ -118,9 +117,7 @@ pub async fn serve(options: Options) -> Result<Running, CoordinatorError> {
 }
 
 fn check(options: &Options) -> Result<(), BadSetting> {
-    if options.detect_ms < MIN_DETECT_MS {
-        return Err(BadSetting::Detect(options.detect_ms));
-    }
+    options.timing.validate().map_err(BadSetting::Timing)?;
     if options.redundancy == 0 {
         return Err(BadSetting::Redundancy);
     }
@@ -141,7 +138,7 @@ pub(crate) async fn start<S: Store>(
     let address = listener.local_addr();
     let address = address.map_err(|source| CoordinatorError::Listen { address: options.listen, source })?;
     let welcome = welcome(&options)?;
-    let detect = Duration::from_millis(options.detect_ms);
+    let timing = options.timing;
     // Where members may be alive, what was committed since the checkpoint is no history yet.
     let alive = restored.committed.as_ref().filter(|_| restored.plan.is_some()).map(|c| c.step);
     let base = alive.max(options.checkpoint).unwrap_or(Step(0));
@@ -179,10 +176,10 @@ pub(crate) async fn start<S: Store>(
         end.send_replace(Some(outcome));
     });
     let handle = Handle { requests, journal, outcome };
-    let service = caravan_wire::serve(Service::new(handle.clone(), detect));
+    let service = caravan_wire::serve(Service::new(handle.clone(), timing));
     let app = http::routes(handle.clone()).route_service(GRPC, service);
     let (stop, stopped) = oneshot::channel();
-    let server = tokio::spawn(listen::serve(listener, app, detect, stopped));
+    let server = tokio::spawn(listen::serve(listener, app, timing, stopped));
     tracing::info!(%address, run = handle.snapshot().run, "listening for workers and browsers");
     Ok(Running { address, handle, stop, server })
 }
@@ -197,7 +194,8 @@ fn config(options: &Options) -> Config {
         redundancy: options.redundancy,
         stages: options.stages,
         workers: options.workers,
-        detect_ms: options.detect_ms,
+        timing: options.timing,
+        stragglers: options.stragglers,
     }
 }
 
@@ -212,7 +210,7 @@ fn welcome(options: &Options) -> Result<Welcome, BadSetting> {
         committed: Step(0),
         spec: options.spec.clone(),
         redundancy: options.redundancy,
-        detect_ms: options.detect_ms,
+        timing: options.timing,
         checkpoint_every: options.checkpoint_every,
         data: text(&options.data)?,
         checkpoints: text(&options.checkpoints)?,

@@ -9,13 +9,13 @@ use crate::handle::Handle;
 use crate::journal::Update;
 use crate::listen::Peer;
 use caravan_coordinator_core::Session;
+use caravan_types::Timing;
 use caravan_types::message::Hello;
 use caravan_wire::{Coordinator, Up, pb};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -32,13 +32,13 @@ type Outgoing<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     handle: Handle,
-    detect: Duration,
+    timing: Timing,
     next_session: Arc<AtomicU64>,
 }
 
 impl Service {
-    pub(crate) fn new(handle: Handle, detect: Duration) -> Self {
-        Self { handle, detect, next_session: Arc::default() }
+    pub(crate) fn new(handle: Handle, timing: Timing) -> Self {
+        Self { handle, timing, next_session: Arc::default() }
     }
 
     /// Begins a session: waits for the hello, and hands over.
@@ -72,8 +72,9 @@ impl Service {
 
     /// The first message, which must be there within the failure budget.
     async fn hello(&self, inbound: &mut Streaming<pb::FromWorker>) -> Result<Hello, Status> {
-        let first = timeout(self.detect, inbound.message()).await.map_err(|_| {
-            let ms = self.detect.as_millis();
+        let within = self.timing.connect();
+        let first = timeout(within, inbound.message()).await.map_err(|_| {
+            let ms = within.as_millis();
             Status::deadline_exceeded(format!("no hello within {ms} ms: a session begins with one"))
         })?;
         let first = first?.ok_or_else(|| Status::invalid_argument("a session begins with a hello"))?;

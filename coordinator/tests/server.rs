@@ -12,7 +12,7 @@ use caravan_coordinator::{BadSetting, CoordinatorError, Options, Running, Update
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, PROTOCOL_VERSION, Refusal, Report, ToWorker, Welcome,
 };
-use caravan_types::progress::{EngineProgress, Wait};
+use caravan_types::progress::{EngineProgress, Stragglers, Wait};
 use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics};
 use caravan_types::*;
 use caravan_wire::{CoordinatorClient, Down, Timeouts, Up, connect, pb};
@@ -53,7 +53,8 @@ fn options(dir: &Path) -> Options {
         redundancy: 2,
         stages: None,
         workers: 1,
-        detect_ms: DETECT_MS,
+        timing: Timing::from_millis(DETECT_MS),
+        stragglers: Stragglers::Report,
         checkpoint_every: 50,
         keep_checkpoints: 2,
         checkpoint: None,
@@ -206,7 +207,10 @@ async fn a_worker_joins_steps_and_is_seen_in_every_way() {
     let running = running(dir.path()).await;
     let address = running.address;
     let (mut worker, welcome) = Worker::join(address, "first").await;
-    assert_eq!((welcome.worker, welcome.detect_ms, welcome.checkpoint_every), (WorkerId(1), DETECT_MS, 50));
+    assert_eq!(
+        (welcome.worker, welcome.timing, welcome.checkpoint_every),
+        (WorkerId(1), Timing::from_millis(DETECT_MS), 50)
+    );
     assert_eq!(welcome.spec, options(dir.path()).spec);
     let plan = worker.plan().await;
     for step in 1..=3 {
@@ -352,8 +356,12 @@ async fn a_taken_port_a_taken_run_and_bad_settings_are_clear_errors() {
     assert!(matches!(taken, CoordinatorError::PortTaken { address } if address == first.address), "{taken}");
     let twice = serve(options(dir.path())).await.unwrap_err();
     assert!(matches!(twice, CoordinatorError::Store(StoreError::InUse { .. })), "{twice}");
+    let (bad, late) =
+        (Timing::from_millis(5), Timing::from_millis(1000).with_heartbeat(Some(Duration::from_secs(1))));
+    let timing = |timing: Timing| BadSetting::Timing(timing.validate().unwrap_err());
     for (bad, error) in [
-        (Options { detect_ms: 5, ..options(other.path()) }, BadSetting::Detect(5)),
+        (Options { timing: late, ..options(other.path()) }, timing(late)),
+        (Options { timing: bad, ..options(other.path()) }, timing(bad)),
         (Options { redundancy: 0, ..options(other.path()) }, BadSetting::Redundancy),
         (Options { keep_checkpoints: 0, ..options(other.path()) }, BadSetting::Keep),
     ] {

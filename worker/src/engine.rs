@@ -14,9 +14,10 @@ use caravan_engine::Watch;
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::progress::{Doing, EngineProgress, Place};
 use caravan_types::task::{Done, Task};
-use caravan_types::{BatchShape, Generation, SliceTable};
+use caravan_types::{BatchShape, Generation, ModelShape, SliceTable, cost};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Instant;
 use std::{fmt, io, thread};
 use tokio::sync::mpsc;
 use tracing::{Span, info_span};
@@ -86,6 +87,15 @@ pub fn frames_of_two_steps(table: &SliceTable, batch: &BatchShape) -> usize {
     2 * (table.len() * (2 * lanes + 1) + lanes * micro_batches)
 }
 
+/// What is needed to say what a pass is worth.
+#[derive(Clone, Debug)]
+pub struct Costs {
+    /// The model.
+    pub model: ModelShape,
+    /// Its global batch.
+    pub batch: BatchShape,
+}
+
 enum Job {
     Run(Task),
     Put(Key, Vec<f32>),
@@ -119,7 +129,8 @@ impl Engine {
     /// Starts the thread. `build` runs on it, so that a worker that is still opening its
     /// data already answers the coordinator; it is given what the machine is to save with.
     /// `save` writes a part of a checkpoint, on a thread of its own. `watch` is what the
-    /// machine looks at to give up a computation, and where it notes how far it is.
+    /// machine looks at to give up a computation, and where it notes how far it is; `costs` says
+    /// what its passes are worth.
     ///
     /// # Errors
     /// Where the system gives no more threads.
@@ -127,13 +138,15 @@ impl Engine {
         build: impl FnOnce(Saver) -> Result<M, Fault> + Send + 'static,
         save: Save,
         watch: Arc<Watch>,
+        costs: Costs,
         frames_of_two_steps: usize,
     ) -> io::Result<(Self, mpsc::Receiver<Report>)> {
         let (jobs, queue) = mpsc::channel(frames_of_two_steps.saturating_mul(MOST_PEERS));
         let (reports, inbox) = mpsc::channel(REPORTS);
         let saver = Saver::start(save, reports.clone())?;
         let reports_of_thread = reports.clone();
-        let actor = Actor { queue, reports, watch: Arc::clone(&watch) };
+        let passes = (0, 0);
+        let actor = Actor { queue, reports, watch: Arc::clone(&watch), costs, passes };
         guarded("engine", reports_of_thread, move || actor.main(|| build(saver)))?;
         Ok((Self { jobs, watch }, inbox))
     }
@@ -187,6 +200,9 @@ struct Actor {
     queue: mpsc::Receiver<Queued>,
     reports: mpsc::Sender<Report>,
     watch: Arc<Watch>,
+    costs: Costs,
+    /// FLOPs of a micro-batch, forward and backward, in the stage of the generation at hand.
+    passes: (u64, u64),
 }
 
 impl Actor {
@@ -212,7 +228,7 @@ impl Actor {
 
     fn work<M: Machine>(&mut self, machine: &mut M, job: Job) -> Result<Option<Done>, Fault> {
         match job {
-            Job::Run(task) => machine.run(task),
+            Job::Run(task) => self.run(machine, task),
             Job::Put(key, payload) => machine.put(key, payload).map(|()| None),
             // What a computation that was given up should have left is not there to be sent.
             Job::Send(_, link) if self.watch.is_fenced(link.generation()) => Ok(None),
@@ -221,6 +237,25 @@ impl Actor {
                 Ok(None)
             }
         }
+    }
+
+    /// Does a task, and notes what a pass took. One that was given up is worth nothing.
+    fn run<M: Machine>(&mut self, machine: &mut M, task: Task) -> Result<Option<Done>, Fault> {
+        let (generation, flops) = match &task {
+            Task::Place { units } => {
+                self.passes = cost::passes(&self.costs.model, &self.costs.batch, units.clone());
+                return machine.run(task);
+            }
+            Task::Forward { generation, .. } => (*generation, self.passes.0),
+            Task::Backward { generation, .. } => (*generation, self.passes.1),
+            _ => return machine.run(task),
+        };
+        let began = Instant::now();
+        let done = machine.run(task)?;
+        if !self.watch.is_fenced(generation) {
+            self.watch.worked(began.elapsed(), flops);
+        }
+        Ok(done)
     }
 
     fn fail(&self, doing: String, fault: Fault) {

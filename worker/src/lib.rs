@@ -31,16 +31,15 @@ pub use error::{Exit, WorkerError};
 
 use caravan_kernels::Family;
 use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION, Welcome};
-use caravan_types::{Digest, RunSpec, SliceTable};
+use caravan_types::{Digest, RunSpec, SliceTable, Timing};
 use caravan_worker_core::{Config, Core};
 use driver::Driver;
-use engine::{Engine, frames_of_two_steps};
+use engine::{Costs, Engine, frames_of_two_steps};
 use fabric::{Fabric, Settings};
-use session::{PATIENCE, Session};
+use session::Session;
 use signals::Signals;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::time::Instant;
 use trace::Trace;
@@ -83,7 +82,7 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
     };
     let hello = hello(&options, fabric.clone());
     let (session, welcome) = tokio::select! {
-        joined = Session::join(&options.coordinator, &hello, PATIENCE) => joined?,
+        joined = Session::join(&options.coordinator, &hello, Timing::default()) => joined?,
         () = signals.next() => return Ok(Farewell::Left),
     };
     let spec = &welcome.spec;
@@ -93,7 +92,8 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
         let frames = frames_of_two_steps(&slices, &spec.batch);
         let (watch, threads) = (Arc::default(), options.threads);
         let build = machine::builder(&welcome, threads, Arc::clone(&watch));
-        Engine::start(build, machine::writer(&welcome), watch, frames).map_err(WorkerError::Start)?
+        let costs = Costs { model: spec.model.clone(), batch: spec.batch };
+        Engine::start(build, machine::writer(&welcome), watch, costs, frames).map_err(WorkerError::Start)?
     };
     let fabric = Fabric::start(listener, settings(&welcome, slices));
     let driver = Driver {
@@ -133,7 +133,7 @@ fn config(welcome: &Welcome) -> Config {
         batch: welcome.spec.batch,
         steps: welcome.spec.recipe.steps,
         checkpoint_every: welcome.checkpoint_every,
-        detect_ms: welcome.detect_ms,
+        timing: welcome.timing,
     }
 }
 
@@ -144,7 +144,7 @@ fn settings(welcome: &Welcome, slices: SliceTable) -> Settings {
         slices,
         batch: welcome.spec.batch,
         dim: welcome.spec.model.dim,
-        detect: Duration::from_millis(welcome.detect_ms),
+        timing: welcome.timing,
     }
 }
 

@@ -2,11 +2,12 @@
 //!
 //! The coordinator may start after its workers, so joining is tried for a while. Stepping needs
 //! no coordinator, so a session that broke off does not end the worker: it is opened again, with
-//! the id that the worker has, for as long as [`ORPHANED`]. A coordinator that was restarted
+//! the id that the worker has, for as long as [`Timing::orphaned`]. A coordinator that was restarted
 //! takes the worker back; one that went on without it says so, and the worker ends. What is told
 //! meanwhile is not kept here: the core tells again what still matters.
 
 use crate::error::WorkerError;
+use caravan_types::Timing;
 use caravan_types::message::{FromWorker, Hello, ToWorker, Welcome};
 use caravan_wire::{CannotConnect, Down, Timeouts, Up, connect, pb};
 use std::time::Duration;
@@ -17,40 +18,18 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-/// For how long a coordinator is looked for: it may have to train a tokenizer first, but then
-/// whoever started both waits for it; this is for a coordinator that starts beside us. The
-/// failure budget, from which other times derive, comes with the welcome.
-pub const PATIENCE: Duration = Duration::from_secs(30);
-
-/// For how long a worker goes on without a coordinator: long enough for a host to be replaced,
-/// and not so long that workers of a run that was given up compute for days.
-const ORPHANED: Duration = Duration::from_secs(600);
-
-/// First pause between two attempts; doubled each time, up to [`LONGEST_PAUSE`].
+/// First pause between two attempts; doubled each time, up to [`Timing::retry`].
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
-
-/// A newly started coordinator is found within this.
-const LONGEST_PAUSE: Duration = Duration::from_millis(500);
-
-/// Stepping does not wait for the coordinator, so a busy or paused one is left in peace for
-/// long; this is for one whose host is gone without a word.
-const TIMEOUTS: Timeouts = Timeouts {
-    connect: Duration::from_secs(5),
-    keep_alive: Duration::from_secs(10),
-    keep_alive_timeout: Duration::from_secs(60),
-};
 
 /// What waits to be sent: a commit a step, some heartbeats, and the answers to a regrouping.
 /// At 20 steps a second this is as long as a silent coordinator is kept anyway.
 const WAITING: usize = 2048;
 
-/// How long a worker that says goodbye waits for the other end to have heard.
-const CLOSING: Duration = Duration::from_millis(500);
-
 /// A session, open or being opened again.
 pub struct Session {
     address: String,
     hello: Hello,
+    timing: Timing,
     link: Link,
 }
 
@@ -86,20 +65,18 @@ enum Attempt {
 }
 
 impl Session {
-    /// Finds the coordinator and is taken on.
+    /// Finds the coordinator and is taken on. The run's own times come with the welcome; until
+    /// then, and for this first connection, `timing` is what counts.
     ///
     /// # Errors
-    /// [`WorkerError::Unreachable`] where that did not happen within [`PATIENCE`],
+    /// [`WorkerError::Unreachable`] where that did not happen within [`Timing::join`],
     /// [`WorkerError::Refused`], and [`WorkerError::Address`] or [`WorkerError::Protocol`]
     /// where trying again cannot help.
-    pub async fn join(
-        address: &str,
-        hello: &Hello,
-        patience: Duration,
-    ) -> Result<(Self, Welcome), WorkerError> {
-        let (open, welcome) = open(address, hello, patience).await?;
+    pub async fn join(address: &str, hello: &Hello, timing: Timing) -> Result<(Self, Welcome), WorkerError> {
+        let (open, welcome) = open(address, hello, timing, timing.join()).await?;
+        let timing = welcome.timing;
         let hello = Hello { resume: Some(welcome.worker), ..hello.clone() };
-        Ok((Self { address: address.to_owned(), hello, link: Link::Open(Box::new(open)) }, welcome))
+        Ok((Self { address: address.to_owned(), hello, timing, link: Link::Open(Box::new(open)) }, welcome))
     }
 
     /// Says something, without waiting. While the session is being opened again, and where the
@@ -148,8 +125,9 @@ impl Session {
     }
 
     fn reopen(&mut self) {
-        let (address, hello) = (self.address.clone(), self.hello.clone());
-        self.link = Link::Opening(tokio::spawn(async move { open(&address, &hello, ORPHANED).await }));
+        let (address, hello, timing) = (self.address.clone(), self.hello.clone(), self.timing);
+        let search = async move { open(&address, &hello, timing, timing.orphaned()).await };
+        self.link = Link::Opening(tokio::spawn(search));
     }
 
     /// Closes the session, so that what was told is heard.
@@ -158,17 +136,24 @@ impl Session {
         let Open { up, mut down } = *open;
         drop(up);
         // Whatever the coordinator still says or fails at, this worker ends.
-        timeout(CLOSING, async { while down.next().await.is_some_and(|said| said.is_ok()) {} }).await.ok();
+        timeout(self.timing.close(), async { while down.next().await.is_some_and(|said| said.is_ok()) {} })
+            .await
+            .ok();
     }
 }
 
 /// Looks for the coordinator until it takes the worker on or turns it away.
-async fn open(address: &str, hello: &Hello, patience: Duration) -> Result<(Open, Welcome), WorkerError> {
+async fn open(
+    address: &str,
+    hello: &Hello,
+    timing: Timing,
+    patience: Duration,
+) -> Result<(Open, Welcome), WorkerError> {
     let deadline = Instant::now() + patience;
     let mut pause = FIRST_PAUSE;
     let mut reason = "it does not answer".to_owned();
     loop {
-        match timeout_at(deadline, attempt(address, hello)).await {
+        match timeout_at(deadline, attempt(address, hello, timing)).await {
             Ok(Ok(joined)) => return Ok(joined),
             Ok(Err(Attempt::Final(error))) => return Err(error),
             Ok(Err(Attempt::Again(why))) => {
@@ -181,18 +166,23 @@ async fn open(address: &str, hello: &Hello, patience: Duration) -> Result<(Open,
             return Err(WorkerError::Unreachable { address: address.to_owned(), patience, reason });
         }
         sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(timing.retry());
     }
 }
 
-async fn attempt(address: &str, hello: &Hello) -> Result<(Open, Welcome), Attempt> {
+async fn attempt(address: &str, hello: &Hello, timing: Timing) -> Result<(Open, Welcome), Attempt> {
+    let timeouts = Timeouts {
+        connect: timing.connect(),
+        keep_alive: timing.session_probe(),
+        keep_alive_timeout: timing.session_answer(),
+    };
     let again = |status: Status| match status.code() {
         Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded => {
             Attempt::Again(said(&status))
         }
         _ => Attempt::Final(protocol(address, said(&status))),
     };
-    let mut client = connect(address, TIMEOUTS).await.map_err(|cannot| match cannot {
+    let mut client = connect(address, timeouts).await.map_err(|cannot| match cannot {
         CannotConnect::Address { .. } => Attempt::Final(WorkerError::Address(cannot)),
         CannotConnect::Nobody { reason, .. } => Attempt::Again(reason),
     })?;

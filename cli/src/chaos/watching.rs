@@ -5,7 +5,7 @@ use super::inject::{Hands, Wires};
 use super::schedule::{Act, Fault};
 use super::timeline::{Mark, Timeline};
 use crate::Failure;
-use crate::commands::train::{FAREWELL, start};
+use crate::commands::train::start;
 use crate::job::Job;
 use crate::supervisor::{Supervisor, Worker};
 use crate::watch::{Seen, Watch};
@@ -130,7 +130,7 @@ pub async fn run(job: &mut Job, plan: &Plan) -> Result<Observed, Failure> {
     let hands = Hands {
         orders: supervisor.orders(),
         wires: Arc::new(wires),
-        detect: job.settings.cluster.detect,
+        detect: job.settings.cluster.timing.detect(),
         saves,
     };
     let mut scene = Scene::new(plan, hands, saved, job.settings.cluster.workers);
@@ -138,7 +138,7 @@ pub async fn run(job: &mut Job, plan: &Plan) -> Result<Observed, Failure> {
     let ended = scene.play(&mut watch, &running.handle).await;
     watch.rest().await;
     drop(watch);
-    supervisor.ended(FAREWELL).await;
+    supervisor.ended(job.settings.cluster.timing.farewell()).await;
     running.shutdown().await;
     job.run.set_address(None)?;
     Ok(scene.end(ended?))

@@ -95,7 +95,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     let quiet_time = begun.elapsed();
     let weights = weights(&quiet)?.ok_or_else(|| ChaosError::NotQuiet(quiet.log.clone()))?;
 
-    let detect = chaos.settings.cluster.detect;
+    let detect = chaos.settings.cluster.timing.detect();
     let plan = Plan {
         faults: schedule(&request),
         pile_up: args.pile_up,

@@ -10,7 +10,6 @@ use caravan_kernels::Family;
 use caravan_types::{SliceTable, Step};
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::Duration;
 use toml::Value;
 
 /// What the subcommand takes.
@@ -97,7 +96,13 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "redundancy", i64::from(c.redundancy), "owners a slice, where there are so many workers")?;
     let stages = if c.stages == 0 { "of each pipeline: as many as are best" } else { "of each pipeline" };
     line(out, "stages", i64::from(c.stages), stages)?;
-    line(out, "detect", format!("{:?}", c.detect), "")?;
+    line(out, "detect", format!("{:?}", c.timing.detect()), "the failure budget")?;
+    for (key, set) in [("heartbeat", c.timing.set_heartbeat()), ("reattach", c.timing.set_reattach())] {
+        if let Some(time) = set {
+            line(out, key, format!("{time:?}"), "instead of the derived one")?;
+        }
+    }
+    line(out, "stragglers", c.stragglers.to_string(), "workers slower than they said")?;
     line(
         out,
         "checkpoint_every",
@@ -165,24 +170,37 @@ fn print_derived(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     row("", format!("moments {}, activations {}", bytes(memory.moments), bytes(memory.activations)))?;
     row("a checkpoint", bytes(12 * parameters))?;
     row("", String::new())?;
-    for (i, (what, time)) in timeouts(c.detect).into_iter().enumerate() {
-        row(if i == 0 { "timeouts" } else { "" }, format!("{time:?} {what}"))?;
+    for (i, text) in redundancies(s).into_iter().enumerate() {
+        row(if i == 0 { "by redundancy" } else { "" }, text)?;
+    }
+    row("", String::new())?;
+    for (i, (time, what)) in c.timing.table().into_iter().enumerate() {
+        row(if i == 0 { "times" } else { "" }, format!("{:<8} {what}", format!("{time:?}")))?;
     }
     row("", String::new())?;
     row("run folder", RunDir::default_path(&s.name).display().to_string())?;
     row("prepared data", RunDir::data_cache().display().to_string())
 }
 
-/// What follows from the failure budget, in the order in which it must grow: a worker has
-/// several chances to be heard before it counts as silent, and what waits for a plan outlives
-/// the regrouping that makes it.
-fn timeouts(detect: Duration) -> [(&'static str, Duration); 4] {
-    [
-        ("between a worker's heartbeats", detect / 4),
-        ("of silence, and a worker is lost", detect),
-        ("to connect, to introduce oneself, to report for a new generation", detect),
-        ("that a connection may wait for its plan", detect * 4),
-    ]
+/// What a worker needs with one, two and three owners a slice and with all of them, and which
+/// deaths each survives.
+fn redundancies(s: &Settings) -> Vec<String> {
+    let workers = s.cluster.workers;
+    let mut counts: Vec<u32> = [1, 2, 3, workers].into_iter().filter(|r| *r <= workers).collect();
+    let text = |r: u32| {
+        let memory = Memory::estimate(&s.model, &s.batch, workers, r).total();
+        let survives = match r {
+            1 => "one death goes back to the last checkpoint".to_owned(),
+            2 => "any worker may die".to_owned(),
+            r => format!("any {} workers may die at once", r - 1),
+        };
+        let all = if r == workers && r > 1 { ", all workers" } else { "" };
+        let set = if r == s.cluster.redundancy.min(workers) { ", as set" } else { "" };
+        format!("{r}{all}: {} a worker, {survives}{set}", bytes(memory))
+    };
+    counts.sort_unstable();
+    counts.dedup();
+    counts.into_iter().map(text).collect()
 }
 
 #[cfg(test)]
@@ -207,13 +225,42 @@ mod tests {
         let dir = tempfile::TempDir::new().unwrap();
         for set in [
             &[][..],
-            &["model.preset=15m", "cluster.detect=1500ms", "recipe.learning_rate=0.30000000000000004"],
+            &[
+                "model.preset=15m",
+                "cluster.detect=1500ms",
+                "cluster.heartbeat=100ms",
+                "cluster.stragglers=rebalance",
+                "recipe.learning_rate=0.30000000000000004",
+            ],
         ] {
             let file = dir.path().join("again.toml");
             fs::write(&file, output(set)).unwrap();
             let overrides: Vec<_> = set.iter().map(|s| Override::set(s)).collect();
             let before = config::load(&example(), &overrides).unwrap();
             assert_eq!(config::load(&file, &[]).unwrap(), before);
+        }
+    }
+
+    #[test]
+    fn each_redundancy_is_shown_with_what_it_costs_and_survives() {
+        let text = output(&["cluster.workers=5", "cluster.redundancy=2"]);
+        let line = |start: &str| text.lines().find(|l| l.contains(start)).unwrap_or_default();
+        assert!(line("by redundancy").contains("one death goes back to the last checkpoint"), "{text}");
+        assert!(line(" 2: ").ends_with("a worker, any worker may die, as set"), "{text}");
+        assert!(line(" 3: ").ends_with("any 2 workers may die at once"), "{text}");
+        assert!(line(" 5, all workers: ").ends_with("any 4 workers may die at once"), "{text}");
+        assert!(!output(&["cluster.workers=1"]).contains("may die"));
+    }
+
+    #[test]
+    fn every_derived_time_is_shown() {
+        let text = output(&["cluster.detect=8s", "cluster.heartbeat=1s"]);
+        assert!(text.contains("heartbeat = \"1s\""), "{text}");
+        for line in [
+            "# times                 1s       between a worker's heartbeats",
+            "  32s      that a connection may wait",
+        ] {
+            assert!(text.contains(line), "{text}");
         }
     }
 
@@ -230,6 +277,6 @@ mod tests {
         ]);
         assert!(text.contains("6,738,415,616 (6.74 G)"), "{text}");
         assert!(text.contains("# tokens a step         32,768\n"), "{text}");
-        assert!(text.lines().any(|l| l.starts_with("# timeouts")), "{text}");
+        assert!(text.lines().any(|l| l.starts_with("# times")), "{text}");
     }
 }

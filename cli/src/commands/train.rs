@@ -15,10 +15,6 @@ use caravan_types::Step;
 use caravan_types::message::Farewell;
 use std::io::Write;
 use std::path::PathBuf;
-use std::time::Duration;
-
-/// How long workers may take to end once the run has: they have been told, and only close files.
-pub const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Tokens of the sample at the end.
 const SAMPLE: usize = 96;
@@ -69,7 +65,7 @@ pub async fn train(job: &mut Job) -> Result<Farewell, Failure> {
     };
     let mut supervisor = Supervisor::start(vec![worker; cluster.workers as usize]);
     let ended = watch(&running, job.settings.recipe.steps, Some(&mut supervisor)).await;
-    supervisor.ended(FAREWELL).await;
+    supervisor.ended(job.settings.cluster.timing.farewell()).await;
     running.shutdown().await;
     job.run.set_address(None)?;
     ended

@@ -1,8 +1,11 @@
 //! What can be wrong with a run file. Every sentence says what would be right.
 
 use caravan_types::model::PRESETS;
+use caravan_types::timing::Disorder;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Why there are no settings.
 #[derive(Debug, thiserror::Error)]
@@ -162,6 +165,15 @@ pub enum Fault {
         /// Units of the model: its layers, the embedding, and the norm with the head.
         units: u32,
     },
+    /// A time that does not fit to the failure budget.
+    Disorder {
+        /// What it contradicts.
+        disorder: Disorder,
+        /// What would do, with this failure budget.
+        range: RangeInclusive<Duration>,
+        /// The failure budget.
+        detect: Duration,
+    },
     /// An option that is no `key=value`.
     NotAnAssignment,
 }
@@ -230,11 +242,20 @@ impl fmt::Display for Fault {
                 "must be at most {units}, the model's layers with its embedding and its head, of which every stage \
                  has at least one; 0 lets Caravan choose"
             ),
+            Self::Disorder { disorder, range, detect } => f.write_str(&fitting(disorder, range, *detect)),
             Self::NotAnAssignment => {
                 f.write_str("must be key=value with a dotted key, such as --set recipe.steps=100")
             }
         }
     }
+}
+
+/// What a time contradicts, and which would not.
+fn fitting(disorder: &Disorder, range: &RangeInclusive<Duration>, detect: Duration) -> String {
+    let (low, high) = (range.start(), range.end());
+    format!(
+        "{disorder}; with cluster.detect = \"{detect:?}\" it may be from {low:?} to {high:?}, or not be set at all"
+    )
 }
 
 /// Head counts near `wanted` that share `dim` with an even size each.

@@ -5,7 +5,9 @@ use super::reader::Reader;
 use super::settings::{Cluster, Kernels, Note, Settings};
 use caravan_data::{LEAST_VOCAB, Request};
 use caravan_kernels::Family;
-use caravan_types::{BatchShape, ModelShape, Precision, Recipe};
+use caravan_types::progress::Stragglers;
+use caravan_types::timing::DETECT;
+use caravan_types::{BatchShape, ModelShape, Precision, Recipe, Timing};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -253,7 +255,11 @@ fn cluster(r: &mut Reader, model: Option<&ModelShape>) -> Option<Cluster> {
     let threads = r.integer32("cluster.threads", 1..=1 << 10);
     let redundancy = r.integer32("cluster.redundancy", 1..=MOST_WORKERS);
     let stages = r.integer32("cluster.stages", 0..=MOST_LAYERS + 2);
-    let detect = r.duration("cluster.detect", Duration::from_millis(100)..=Duration::from_secs(600));
+    let timing = timing(r);
+    let known = [Stragglers::Report, Stragglers::Rebalance];
+    let stragglers = r.choice("cluster.stragglers", "\"report\", \"rebalance\"", |name| {
+        known.into_iter().find(|s| s.to_string() == name)
+    });
     let every = r.integer("cluster.checkpoint_every", 0..=MOST_STEPS);
     let keep = r.integer32("cluster.keep", 1..=1 << 20);
     let address =
@@ -272,11 +278,36 @@ fn cluster(r: &mut Reader, model: Option<&ModelShape>) -> Option<Cluster> {
         threads: threads.unwrap_or_else(|| (cores() / workers).max(1)),
         redundancy: redundancy.unwrap_or(2),
         stages: stages.unwrap_or(0),
-        detect: detect.unwrap_or(Duration::from_secs(3)),
+        timing: timing?,
+        stragglers: stragglers.unwrap_or_default(),
         checkpoint_every: every.unwrap_or(100),
         keep: keep.unwrap_or(3),
         listen: listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0))),
     })
+}
+
+/// The failure budget, and the times that may be set besides: each is refused where it does not
+/// fit to the budget.
+fn timing(r: &mut Reader) -> Option<Timing> {
+    let any = Duration::from_millis(1)..=*DETECT.end() * 1000;
+    let detect = r.duration("cluster.detect", DETECT);
+    let heartbeat = r.duration("cluster.heartbeat", any.clone());
+    let reattach = r.duration("cluster.reattach", any);
+    if r.has("cluster.detect") && detect.is_none() {
+        return None;
+    }
+    let derived = detect.map_or_else(Timing::default, Timing::from);
+    let mut fits = true;
+    for (key, timing, range) in [
+        ("cluster.heartbeat", derived.with_heartbeat(heartbeat), derived.heartbeats()),
+        ("cluster.reattach", derived.with_reattach(reattach), derived.reattaches()),
+    ] {
+        if let Err(disorder) = timing.validate() {
+            r.fault(key, Fault::Disorder { disorder, range, detect: derived.detect() });
+            fits = false;
+        }
+    }
+    fits.then(|| derived.with_heartbeat(heartbeat).with_reattach(reattach))
 }
 
 /// Cores that this process may use.

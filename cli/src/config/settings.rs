@@ -1,11 +1,11 @@
 //! What a run needs, checked and complete.
 
 use caravan_data::Request;
+use caravan_types::progress::Stragglers;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
-use caravan_types::{BatchShape, DataSpec, ModelShape, NumericsClass, Precision, Recipe, RunSpec};
+use caravan_types::{BatchShape, DataSpec, ModelShape, NumericsClass, Precision, Recipe, RunSpec, Timing};
 use std::fmt;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 /// A run file as understood.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,8 +54,10 @@ pub struct Cluster {
     pub redundancy: u32,
     /// Stages of every pipeline; 0 for as many as are best.
     pub stages: u32,
-    /// The failure budget.
-    pub detect: Duration,
+    /// The failure budget, and what follows from it.
+    pub timing: Timing,
+    /// What is done about workers that are slower than they said.
+    pub stragglers: Stragglers,
     /// Steps between checkpoints; 0 for one at the end only.
     pub checkpoint_every: u64,
     /// Checkpoints that are kept.

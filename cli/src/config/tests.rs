@@ -2,7 +2,7 @@
 
 use super::problem::Fault;
 use super::{ConfigError, Kernels, Override, Settings, parse};
-use caravan_types::{ModelShape, Recipe};
+use caravan_types::{ModelShape, Recipe, Timing};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -54,7 +54,7 @@ fn few_settings_are_enough_and_the_rest_is_the_papers() {
     assert_eq!(s.recipe, Recipe { steps: 1000, warmup_steps: 100, ..paper });
     assert_eq!((s.batch.lanes, s.batch.micro_batches, s.batch.sequences), (4, 1, 1));
     assert_eq!(s.data.paths, [PathBuf::from("dir/texts")]);
-    assert_eq!((s.cluster.workers, s.cluster.redundancy, s.cluster.detect), (2, 2, Duration::from_secs(3)));
+    assert_eq!((s.cluster.workers, s.cluster.redundancy, s.cluster.timing), (2, 2, Timing::default()));
     assert_eq!((s.kernels, s.notes), (Kernels::Auto, vec![]));
 }
 
@@ -139,6 +139,18 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         ("cluster.detect=20m", "must be from 100ms to 600s"),
         ("cluster.detect=3", "must be a time with its unit, such as \"3s\""),
         ("cluster.detect=-3s", "must be a time with its unit"),
+        ("cluster.stragglers=kill", "must be one of \"report\", \"rebalance\""),
+        (
+            "cluster.heartbeat=2s",
+            "two heartbeats (4s) must not be longer than silence (3s): one heartbeat may be late",
+        ),
+        ("cluster.heartbeat=2s", "with cluster.detect = \"3s\" it may be from 1ms to 1.5s"),
+        ("cluster.heartbeat=soon", "must be a time with its unit"),
+        (
+            "cluster.reattach=500ms",
+            "two retries (1s) must not be longer than reattach (500ms): members try at least",
+        ),
+        ("cluster.reattach=1000s", "with cluster.detect = \"3s\" it may be from 1s to 600s"),
         (
             "cluster.listen=localhost",
             "must be an address of this machine with a port, such as \"127.0.0.1:7070\"",
@@ -161,6 +173,15 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         let told = problem(set);
         assert!(told.contains(expected), "{set}: {told}");
     }
+}
+
+#[test]
+fn times_may_be_set_within_what_the_failure_budget_allows() {
+    let timing = good(&["cluster.detect=10s", "cluster.heartbeat=5s", "cluster.reattach=1m"]).cluster.timing;
+    assert_eq!(timing.detect(), Duration::from_secs(10));
+    assert_eq!((timing.heartbeat(), timing.reattach()), (Duration::from_secs(5), Duration::from_secs(60)));
+    let found = problems(GOOD, &["cluster.detect=1s", "cluster.heartbeat=600ms", "cluster.reattach=1h"]);
+    assert_eq!(found.len(), 2, "{found:?}");
 }
 
 #[test]

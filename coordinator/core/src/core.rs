@@ -1,7 +1,9 @@
 //! The coordinator's state and its transitions.
 
+use crate::accused::Accusations;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
+use crate::pace::Balance;
 use crate::planner::{self, Candidate, Demand};
 use crate::regroup::{self, Agreement};
 use crate::saves::Saves;
@@ -11,15 +13,10 @@ use caravan_types::message::{
 };
 use caravan_types::progress::Doing;
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
+use caravan_types::timing::millis;
 use caravan_types::{Generation, Member, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A worker that others lost this often without a step in between is cut out: the fault is
-/// more likely on its side of the network, and trying again has not helped twice.
-const MOST_SUSPICIONS: u32 = 3;
-
-/// Reading from a disk may take this many times the failure budget: minutes by default.
-const SLOWEST_DISK: u64 = 60;
 /// FLOP/s of a worker that says that its speed is 1: an ordinary core, with vectors of fp32.
 /// Only its ratio to the speed of the links decides anything.
 const FLOPS_OF_SPEED_1: f64 = 5e10;
@@ -42,13 +39,15 @@ pub struct Core {
     /// The plan in force: none before the first one and after all its members died.
     pub(crate) plan: Option<Plan>,
     /// While regrouping: whether the step in flight is finished first.
-    boundary: bool,
+    pub(crate) boundary: bool,
     /// When gathering ends with fewer workers than wanted, or a stop must be answered.
     pub(crate) deadline: Option<Millis>,
     /// The newest committed step, as told.
     committed: Option<Committed>,
     pub(crate) checkpoint: Option<Step>,
     pub(crate) saves: Saves,
+    pub(crate) accusations: Accusations,
+    pub(crate) balance: Balance,
     divergences: u32,
     pub(crate) draining: bool,
     /// The step that is written down before everybody goes.
@@ -77,7 +76,7 @@ impl Core {
             link_bytes_per_s: planner::LINK_BYTES_PER_S,
         };
         Self {
-            deadline: plan.as_ref().map(|_| now + config.detect_ms),
+            deadline: plan.as_ref().map(|_| now + millis(config.timing.reattach())),
             config,
             demand,
             table,
@@ -90,6 +89,8 @@ impl Core {
             committed: restored.committed,
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
+            accusations: Accusations::default(),
+            balance: Balance::default(),
             divergences: 0,
             draining: false,
             saving: None,
@@ -138,8 +139,9 @@ impl Core {
         if self.over() {
             return None;
         }
-        let silent = self.members.iter().map(|(_, w)| w.heard + self.config.detect_ms).min();
-        silent.into_iter().chain(self.deadline).min()
+        let silence = millis(self.config.timing.silence());
+        let silent = self.members.iter().map(|(_, w)| w.heard + silence).min();
+        silent.into_iter().chain(self.deadline).chain(self.accusations.until).min()
     }
 
     /// Where the run is in its life.
@@ -236,11 +238,12 @@ impl Core {
         match message {
             FromWorker::Heartbeat { applied, activity, wait, engine } => {
                 self.members.beat(worker, now, (applied, activity, wait, engine));
+                self.keep_pace(now, worker, out);
                 self.look_for_hang(now, out);
             }
             FromWorker::Report(report) => self.report(now, worker, report, out),
             FromWorker::Committed(committed) => self.commit(now, worker, committed, out),
-            FromWorker::PeerLost { generation, peer } => self.suspect(now, generation, peer, out),
+            FromWorker::PeerLost { generation, peer } => self.suspect(now, generation, worker, peer, out),
             FromWorker::Diverged { generation, step, .. } => {
                 self.diverged(now, worker, generation, step, out)
             }
@@ -261,25 +264,6 @@ impl Core {
         }
         out.push(Output::Note(Event::Lost { worker, reason }));
         self.consider(now, out);
-    }
-
-    /// A connection between two members broke. Whoever is dead will be known at once by its
-    /// session; whoever lives gets a new generation with new connections.
-    fn suspect(&mut self, now: Millis, generation: Generation, peer: WorkerId, out: &mut Vec<Output>) {
-        let current = self.plan.as_ref().is_some_and(|p| p.generation == generation);
-        if !current || self.phase == Phase::Regrouping && !self.boundary {
-            return;
-        }
-        if self.phase == Phase::Recovering {
-            self.missed.insert(peer);
-            return self.recover(now, false, out);
-        }
-        let Some(suspect) = self.members.get_mut(peer) else { return };
-        suspect.suspected += 1;
-        if suspect.suspected >= MOST_SUSPICIONS {
-            return self.lose(now, peer, LossReason::Misbehaved, out);
-        }
-        self.stop(now, false, out);
     }
 
     fn diverged(
@@ -315,11 +299,11 @@ impl Core {
             _ => false,
         };
         let Some(plan) = self.plan.as_ref().filter(|_| stepping) else { return };
-        let detect = self.config.detect_ms;
+        let timing = self.config.timing;
         // Opening data and reading a checkpoint are one task each, and as slow as a disk may be.
         let budget = |w: &Worker| match w.engine.doing {
-            Doing::Nothing | Doing::Loading => SLOWEST_DISK * detect,
-            _ => detect,
+            Doing::Nothing | Doing::Loading => millis(timing.slow_disk()),
+            _ => millis(timing.hang()),
         };
         let still = |w: &Worker| now >= w.moved + budget(w);
         let all: BTreeMap<WorkerId, &Worker> = self.members.iter().filter(|(id, _)| plan.has(*id)).collect();
@@ -334,11 +318,15 @@ impl Core {
     }
 
     fn tick(&mut self, now: Millis, out: &mut Vec<Output>) {
-        let due = |heard: Millis| now >= heard + self.config.detect_ms;
+        let silence = millis(self.config.timing.silence());
+        let due = |heard: Millis| now >= heard + silence;
         let silent: Vec<WorkerId> =
             self.members.iter().filter(|(_, w)| due(w.heard)).map(|(id, _)| id).collect();
         for worker in silent {
             self.lose(now, worker, LossReason::Silent, out);
+        }
+        if self.accusations.until.is_some_and(|until| now >= until) {
+            self.judge(now, out);
         }
         if self.deadline.is_some_and(|d| now >= d) {
             self.deadline = None;
@@ -375,7 +363,7 @@ impl Core {
                 self.stop(now, false, out)
             }
             Phase::Gathering => {
-                self.deadline.get_or_insert(now + self.config.detect_ms);
+                self.deadline.get_or_insert(now + millis(self.config.timing.answer()));
             }
             Phase::Regrouping if dead && self.boundary => self.stop(now, false, out),
             Phase::Regrouping => self.decide(now, out),
@@ -402,7 +390,7 @@ impl Core {
     fn wants_change(&self) -> bool {
         let Some(plan) = &self.plan else { return false };
         let joined = self.members.iter().any(|(id, _)| !plan.has(id));
-        joined || self.members.any_leaving() || self.draining
+        joined || self.members.any_leaving() || self.draining || self.balance.is_due(self.step())
     }
 
     /// Announces a new generation: everybody stops, at once or after the step in flight.
@@ -412,7 +400,10 @@ impl Core {
         self.boundary = boundary;
         // A stop at once is answered at once. A step may take as long as it takes; a member
         // that dies in it is known by its session or its silence.
-        self.deadline = (!boundary).then_some(now + self.config.detect_ms);
+        self.deadline = (!boundary).then_some(now + millis(self.config.timing.answer()));
+        if !boundary {
+            self.accusations.stopped();
+        }
         self.members.clear_reports();
         out.push(Output::Persist(Record::Generation(self.generation)));
         out.push(Output::Note(Event::Stopping { generation: self.generation, boundary }));
@@ -450,6 +441,7 @@ impl Core {
             }
         }
         self.deadline = None;
+        self.accusations.stopped();
         let nobody_stays = self.members.iter().all(|(_, w)| w.leaving);
         if (self.draining || nobody_stays) && agreement.settled {
             return self.save(now, &agreement, out);
@@ -486,6 +478,7 @@ impl Core {
         for worker in plan.members.iter().map(|m| m.worker) {
             out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
         }
+        self.balance.planned(plan.base);
         self.plan = Some(plan);
         self.phase = Phase::Running;
         self.members.start_moving(now);
@@ -501,7 +494,7 @@ impl Core {
             all.push(Candidate {
                 member: Member { worker: id, fabric: worker.fabric.clone() },
                 host: worker.host.clone(),
-                speed: worker.speed * FLOPS_OF_SPEED_1,
+                speed: self.believed(worker) * FLOPS_OF_SPEED_1,
                 memory: worker.memory,
                 state: holding.state,
                 weights: holding.weights,
@@ -527,7 +520,7 @@ impl Core {
             return;
         }
         let members = plan.members.iter().map(|m| m.worker).collect();
-        self.members.clear_suspicions();
+        self.accusations.stepped();
         self.divergences = 0;
         self.committed = Some(committed.clone());
         out.push(Output::Committed { committed, members });

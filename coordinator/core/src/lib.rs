@@ -12,18 +12,22 @@
 //! 5. Sessions are numbered once; after [`Input::Closed`] a session says nothing more.
 //!
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
-//! survivors' reports add up to; `hang` finds who stands still; `recover` is what a restarted coordinator does first; `planner` turns that into a plan, `owners` deals out the slices,
-//! `saves` watches checkpoints being written, `ending` is how a run ends.
+//! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out
+//! the slices, `saves` watches checkpoints being written, `ending` is how a run ends. `hang` finds who
+//! stands still, `accused` whose connections break, `pace` who is slow; `recover` is what a restarted coordinator does
+//! first.
 
 #[macro_use]
 mod mutant;
 
+mod accused;
 mod around;
 mod core;
 mod ending;
 mod hang;
 mod members;
 mod owners;
+mod pace;
 mod planner;
 mod recover;
 mod regroup;
@@ -35,9 +39,10 @@ pub use crate::mutant::Mutant;
 pub use crate::planner::{Candidate, Demand, LINK_BYTES_PER_S, NoPlan, Start, plan};
 
 use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, ToWorker};
+use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
-use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, WorkerId};
+use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, Timing, WorkerId};
 use serde::{Deserialize, Serialize};
 
 /// Milliseconds on a clock that only goes forward, from any origin.
@@ -65,8 +70,10 @@ pub struct Config {
     /// The first plan waits for this many workers, but no longer than the failure budget
     /// once the first one is there.
     pub workers: u32,
-    /// The failure budget.
-    pub detect_ms: u64,
+    /// The failure budget, and what follows from it.
+    pub timing: Timing,
+    /// What is done about members that are slower than they said.
+    pub stragglers: Stragglers,
 }
 
 /// What is known from before this coordinator started.

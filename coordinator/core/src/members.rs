@@ -1,5 +1,6 @@
 //! The workers that have a session, and what is known of each.
 
+use crate::pace::Pace;
 use crate::{Millis, Session};
 use caravan_types::message::{Activity, Hello, Report};
 use caravan_types::progress::{EngineProgress, Wait};
@@ -25,10 +26,10 @@ pub(crate) struct Worker {
     pub(crate) engine: EngineProgress,
     /// When anything of it last moved: its engine, its step, or what it waits for.
     pub(crate) moved: Millis,
+    /// How fast it really is.
+    pub(crate) pace: Pace,
     /// It asked to leave.
     pub(crate) leaving: bool,
-    /// How often others lost their connection to it since a step was last committed.
-    pub(crate) suspected: u32,
     /// Its answer to the stop of this generation.
     pub(crate) report: Option<Report>,
 }
@@ -57,8 +58,8 @@ impl Members {
             wait: Wait::default(),
             engine: EngineProgress::default(),
             moved: now,
+            pace: Pace::default(),
             leaving: false,
-            suspected: 0,
             report: None,
         };
         self.workers.insert(id, worker);
@@ -75,9 +76,12 @@ impl Members {
         (worker.applied, worker.activity, worker.wait, worker.engine) = (applied, activity, wait, engine);
     }
 
-    /// From now on it counts whether they move.
+    /// A plan is in force: from now on it counts whether they move, and how fast.
     pub(crate) fn start_moving(&mut self, now: Millis) {
-        self.workers.values_mut().for_each(|w| w.moved = now);
+        for worker in self.workers.values_mut() {
+            worker.moved = now;
+            worker.pace.restart();
+        }
     }
 
     pub(crate) fn remove(&mut self, id: WorkerId) -> bool {
@@ -119,11 +123,6 @@ impl Members {
     /// Forgets what was reported for older generations.
     pub(crate) fn clear_reports(&mut self) {
         self.workers.values_mut().for_each(|w| w.report = None);
-    }
-
-    /// Nobody is suspected of anything any more: a step was committed.
-    pub(crate) fn clear_suspicions(&mut self) {
-        self.workers.values_mut().for_each(|w| w.suspected = 0);
     }
 
     /// All reports for `generation`, if everybody has sent one.

@@ -7,11 +7,11 @@
 
 use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
 use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VERSION, Report, ToWorker};
-use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
+use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Stragglers, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::{
     BatchShape, Digest, Generation, Member, MicroId, ModelShape, Plan, SliceId, SliceSet, Source, Step,
-    WorkerId,
+    Timing, WorkerId,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -127,7 +127,11 @@ impl Stage {
             family: "avx512".into(),
             redundancy: words.number("redundancy", 2) as u32,
             workers: words.number("workers", 2) as u32,
-            detect_ms: 1000,
+            timing: Timing::from_millis(1000),
+            stragglers: match words.named.get("stragglers") {
+                Some(&"rebalance") => Stragglers::Rebalance,
+                _ => Stragglers::Report,
+            },
         };
         let restored = Restored {
             generation: Generation(words.number("generation", 0)),
@@ -214,6 +218,8 @@ fn message(words: &Words<'_>) -> FromWorker {
             },
             engine: EngineProgress {
                 moved: words.number("moved", 0),
+                busy_ms: words.number("busy", 0),
+                work: words.number("work", 0),
                 doing: Doing::Backward(Place { micro: MicroId { lane: 2, index: 0 }, unit: 11 }),
             },
         },

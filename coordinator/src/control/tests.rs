@@ -5,8 +5,8 @@ use super::*;
 use crate::journal::tests::spec;
 use caravan_coordinator_core::{Core, Session};
 use caravan_types::message::{Committed, Hello, PROTOCOL_VERSION, Report};
-use caravan_types::progress::{EngineProgress, Wait};
-use caravan_types::{Generation, SliceSet};
+use caravan_types::progress::{EngineProgress, Stragglers, Wait};
+use caravan_types::{Generation, SliceSet, Timing};
 use std::fs;
 use std::path::Path;
 
@@ -20,7 +20,8 @@ fn config() -> Config {
         family: spec.numerics.family,
         redundancy: 2,
         workers: 2,
-        detect_ms: 1000,
+        timing: Timing::from_millis(1000),
+        stragglers: Stragglers::Report,
     }
 }
 
@@ -106,7 +107,8 @@ async fn every_start_is_decided_the_same_again() {
     assert_eq!((&starts[0].start.config, &starts[0].start.restored), (&config(), &Restored::default()));
     let beat = &lines(&path)[6];
     assert_eq!(
-        beat, "{\"beat\":[60,2,1,\"Computing\",\"Engine\",{\"moved\":0,\"doing\":\"Nothing\"},null]}\n",
+        beat,
+        "{\"beat\":[60,2,1,\"Computing\",\"Engine\",{\"moved\":0,\"doing\":\"Nothing\",\"busy_ms\":0,\"work\":0},null]}\n",
         "most inputs are as short as this"
     );
 }
@@ -196,8 +198,8 @@ async fn recordings_that_cannot_be_read_are_told_apart() {
         fs::write(&path, lines.concat()).unwrap();
         replay(&path).unwrap_err().to_string()
     };
-    let error = with(&|l| l[0] = l[0].replace("\"version\":1", "\"version\":9"));
-    assert!(error.contains("is of format 9, this program reads 1"), "{error}");
+    let error = with(&|l| l[0] = l[0].replace("\"version\":2", "\"version\":9"));
+    assert!(error.contains("is of format 9, this program reads 2"), "{error}");
     let error = with(&|l| l[3] = "rubbish\n".into());
     assert!(error.contains("line 4 of the recording") && error.contains("not as it was written"), "{error}");
     let error = with(&|l| drop(l.remove(0)));

@@ -6,9 +6,9 @@ use crate::journal::tests::spec;
 use crate::store::{State, StoreError};
 use caravan_coordinator_core::Config;
 use caravan_types::message::{Activity, Committed, PROTOCOL_VERSION, Report};
-use caravan_types::progress::{EngineProgress, Wait};
+use caravan_types::progress::{EngineProgress, Stragglers, Wait};
 use caravan_types::status::LossReason;
-use caravan_types::{SliceSet, SliceTable};
+use caravan_types::{SliceSet, SliceTable, Timing};
 use std::io;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
@@ -53,7 +53,8 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
         redundancy: 2,
         stages: Some(1),
         workers,
-        detect_ms: 60_000,
+        timing: Timing::from_millis(60_000),
+        stragglers: Stragglers::Report,
     };
     let journal = journal::start(&dir.path().join("metrics.jsonl"), &spec, Step(0)).unwrap();
     let (appends, gate) = mpsc::channel(1);
@@ -61,7 +62,7 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
         worker: WorkerId(0),
         spec: spec.clone(),
         redundancy: 2,
-        detect_ms: 200,
+        timing: Timing::from_millis(200),
         checkpoint_every: 0,
         data: String::new(),
         checkpoints: String::new(),

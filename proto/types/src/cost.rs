@@ -4,6 +4,7 @@
 //! are shown before they start.
 
 use crate::{BatchShape, ModelShape, UnitId};
+use std::ops::Range;
 
 /// Bytes of an fp32 number.
 pub const FP32: u64 = 4;
@@ -65,6 +66,17 @@ pub fn unit_flops_per_token(model: &ModelShape, unit: UnitId, sequence_length: u
     }
 }
 
+/// Floating-point operations of one micro-batch's forward and backward pass through units. Of the
+/// six for each parameter and token two are forward: backward has a product for the gradient of
+/// the input and one for that of the weights.
+#[must_use]
+pub fn passes(model: &ModelShape, batch: &BatchShape, units: Range<u32>) -> (u64, u64) {
+    let unit = |u| unit_flops_per_token(model, UnitId(u), batch.sequence_length);
+    let flops = units.map(unit).sum::<f64>() * batch.tokens_per_micro_batch() as f64;
+    let forward = (flops / 3.0) as u64;
+    (forward, flops as u64 - forward)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -75,6 +87,20 @@ mod tests {
         let units: f64 = (0..model.units()).map(|u| unit_flops_per_token(&model, UnitId(u), 4096)).sum();
         let whole = model.train_flops_per_token(4096) + 6.0 * f64::from(model.dim);
         assert!((units / whole - 1.0).abs() < 1e-12, "{units} and {whole}");
+    }
+
+    #[test]
+    fn passes_of_all_stages_are_those_of_the_model() {
+        let model = ModelShape::preset("15m").unwrap();
+        let batch = BatchShape { lanes: 4, micro_batches: 2, sequences: 3, sequence_length: 64 };
+        let (forward, backward) = passes(&model, &batch, 0..model.units());
+        let tokens = batch.tokens_per_micro_batch() as f64;
+        let whole = tokens * (model.train_flops_per_token(64) + 6.0 * f64::from(model.dim));
+        assert!(
+            ((forward + backward) as f64 / whole - 1.0).abs() < 1e-6 && backward.abs_diff(2 * forward) < 4
+        );
+        let stages = [0..2, 2..model.units()].map(|units| passes(&model, &batch, units).0);
+        assert!((stages[0] + stages[1]).abs_diff(forward) < 4);
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod run_spec;
 pub mod slices;
 pub mod status;
 pub mod task;
+pub mod timing;
 
 pub use batch::{BatchShape, MicroBatch, MicroId};
 pub use ids::{Digest, Generation, SliceId, Step, UnitId, WorkerId};
@@ -29,3 +30,4 @@ pub use plan::{IdleReason, Member, Part, Pipeline, Plan, Source, Stage, Transfer
 pub use recipe::Recipe;
 pub use run_spec::{DataSpec, NumericsClass, Precision, RunSpec};
 pub use slices::{BLOCK, Slice, SliceSet, SliceTable};
+pub use timing::Timing;

@@ -2,13 +2,13 @@
 
 use crate::progress::{EngineProgress, Wait};
 use crate::task::SavedPart;
-use crate::{Generation, Plan, RunSpec, SliceId, SliceSet, Step, WorkerId};
+use crate::{Generation, Plan, RunSpec, SliceId, SliceSet, Step, Timing, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
 /// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.
@@ -49,8 +49,8 @@ pub struct Welcome {
     pub spec: RunSpec,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
-    /// The failure budget: a silent peer is known after this.
-    pub detect_ms: u64,
+    /// The failure budget, and what follows from it.
+    pub timing: Timing,
     /// A checkpoint is written after each step that this divides; never where 0.
     pub checkpoint_every: u64,
     /// Folder of the prepared data.

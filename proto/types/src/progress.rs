@@ -48,6 +48,30 @@ pub struct EngineProgress {
     pub moved: u64,
     /// What it is at, or was at last.
     pub doing: Doing,
+    /// Milliseconds that it has spent in forward and backward tasks since it started.
+    pub busy_ms: u64,
+    /// Floating-point operations of these tasks, as [`cost`](crate::cost) counts them.
+    pub work: u64,
+}
+
+/// What is done about a worker that computes slower than it said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stragglers {
+    /// It is reported.
+    #[default]
+    Report,
+    /// It is also planned with its measured speed, from a step boundary on.
+    Rebalance,
+}
+
+impl fmt::Display for Stragglers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Report => "report",
+            Self::Rebalance => "rebalance",
+        })
+    }
 }
 
 /// What an engine does.

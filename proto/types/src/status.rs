@@ -87,6 +87,18 @@ pub enum Event {
         /// A member that waits for it.
         waiting: Option<WorkerId>,
     },
+    /// A member computes slower than it said, compared with the others.
+    Slow {
+        /// The member.
+        worker: WorkerId,
+        /// How many times slower than the others, each measured against what it said.
+        factor: f64,
+    },
+    /// A slow member is as fast as it said again.
+    Recovers {
+        /// The member.
+        worker: WorkerId,
+    },
     /// A worker is gone.
     Lost {
         /// Its id.
@@ -185,6 +197,8 @@ pub enum LossReason {
     NotBack,
     /// It was alive and made no progress for longer than the failure budget.
     Hung,
+    /// It was alive, and connections between it and other members broke again and again.
+    Unreachable,
 }
 
 impl fmt::Display for LossReason {
@@ -195,6 +209,7 @@ impl fmt::Display for LossReason {
             Self::Left => "it asked to leave",
             Self::Misbehaved => "it broke the protocol",
             Self::Hung => "it made no progress for longer than the failure budget",
+            Self::Unreachable => "connections between it and other workers broke, though all of them live",
             Self::NotBack => "it did not come back to the restarted coordinator",
         })
     }
@@ -223,6 +238,11 @@ impl fmt::Display for Event {
             Self::Stopping { generation, boundary: true } => {
                 write!(f, "stopping after this step for {generation}")
             }
+            Self::Slow { worker, factor } => write!(
+                f,
+                "{worker} computes {factor} times slower than the others, for the speed that each one said it has"
+            ),
+            Self::Recovers { worker } => write!(f, "{worker} is not slow any more"),
             Self::Stopping { generation, boundary: false } => write!(f, "stopping at once for {generation}"),
             Self::Planned { generation, base, members, moved } => {
                 let s = if members.len() == 1 { "" } else { "s" };

@@ -1,5 +1,6 @@
 //! What can be wrong with a message from outside.
 
+use caravan_types::timing::Disorder;
 use std::fmt;
 
 /// A message that has the shape of the .proto files but does not mean anything.
@@ -48,6 +49,8 @@ pub enum Why {
     },
     /// Text in another format, with what its parser says.
     Unreadable(String),
+    /// Times that contradict each other.
+    Disorder(Disorder),
     /// A message that belongs at another place of the conversation.
     OutOfPlace,
 }
@@ -64,6 +67,7 @@ impl fmt::Display for Why {
             Self::HalfRange => f.write_str("has a range without an end"),
             Self::Version { is, must } => write!(f, "has version {is}; this program reads version {must}"),
             Self::Unreadable(error) => write!(f, "cannot be read: {error}"),
+            Self::Disorder(disorder) => write!(f, "contradicts what follows from it: {disorder}"),
             Self::OutOfPlace => f.write_str("does not belong at this place of the session"),
         }
     }

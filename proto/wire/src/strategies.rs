@@ -9,11 +9,14 @@ use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics, WorkerStatus};
 use caravan_types::task::SavedPart;
+use caravan_types::timing::millis;
 use caravan_types::*;
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use std::ops::Range;
+use std::ops::RangeInclusive;
+use std::time::Duration;
 
 /// A step, generation or worker number; small ones and those at the border more often.
 pub(crate) fn counter() -> BoxedStrategy<u64> {
@@ -101,16 +104,31 @@ pub(crate) fn hello() -> impl Strategy<Value = Hello> {
 }
 
 pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
-    (worker(), run_spec(), any::<(u32, u64, u64)>(), text(), text(), step()).prop_map(
-        |(worker, spec, (redundancy, detect_ms, checkpoint_every), data, checkpoints, committed)| Welcome {
+    (worker(), run_spec(), (any::<u32>(), timing(), any::<u64>()), text(), text(), step()).prop_map(
+        |(worker, spec, (redundancy, timing, checkpoint_every), data, checkpoints, committed)| Welcome {
             worker,
             spec,
             redundancy,
-            detect_ms,
+            timing,
             checkpoint_every,
             data,
             checkpoints,
             committed,
+        },
+    )
+}
+
+/// Times in order: each that is set is within its range.
+fn timing() -> impl Strategy<Value = Timing> {
+    let part = |range: RangeInclusive<Duration>, part: f64| {
+        Duration::from_millis(millis(range.start().mul_f64(1.0 - part) + range.end().mul_f64(part)))
+    };
+    (100..=600_000u64, option::of(0.0..=1.0), option::of(0.01..=1.0)).prop_map(
+        move |(detect_ms, heartbeat, reattach)| {
+            let timing = Timing::from_millis(detect_ms);
+            timing
+                .with_heartbeat(heartbeat.map(|p| part(timing.heartbeats(), p)))
+                .with_reattach(reattach.map(|p| part(timing.reattaches(), p)))
         },
     )
 }
@@ -145,9 +163,9 @@ fn saved_part() -> impl Strategy<Value = SavedPart> {
 
 pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
     prop_oneof![
-        (step(), activity(), wait(), any::<u64>(), doing()).prop_map(
-            |(applied, activity, wait, moved, doing)| {
-                let engine = EngineProgress { moved, doing };
+        (step(), activity(), wait(), any::<(u64, u64, u64)>(), doing()).prop_map(
+            |(applied, activity, wait, (moved, busy_ms, work), doing)| {
+                let engine = EngineProgress { moved, doing, busy_ms, work };
                 FromWorker::Heartbeat { applied, activity, wait, engine }
             }
         ),
@@ -275,11 +293,15 @@ pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
 
 fn event() -> impl Strategy<Value = Event> {
     use LossReason::*;
-    let reason = prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung]);
+    let reason =
+        prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung, Unreachable]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
         (worker(), text()).prop_map(|(worker, name)| Event::Reattached { worker, name }),
         generation().prop_map(|generation| Event::Recovered { generation }),
+        (worker(), 100..100_000u32)
+            .prop_map(|(worker, percent)| Event::Slow { worker, factor: f64::from(percent) / 100.0 }),
+        worker().prop_map(|worker| Event::Recovers { worker }),
         (worker(), doing(), option::of(worker()), any::<u64>()).prop_map(
             |(worker, doing, waiting, still_ms)| Event::Hung {
                 worker,

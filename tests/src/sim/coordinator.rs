@@ -6,7 +6,9 @@ use super::options::{DETECT_MS, Mutant};
 use super::world::{Due, World};
 use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
 use caravan_types::message::{Committed, FromWorker, ToWorker};
+use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
+use caravan_types::timing::Timing;
 use caravan_types::{Generation, Plan, Step, WorkerId};
 
 /// What survives the coordinator.
@@ -55,7 +57,8 @@ impl World<'_> {
             family: self.spec.numerics.family.clone(),
             redundancy: self.options.redundancy,
             workers: self.options.workers,
-            detect_ms: DETECT_MS,
+            timing: Timing::from_millis(DETECT_MS),
+            stragglers: Stragglers::Report,
         };
         let store = if self.is(Mutant::TwoLeaders) { self.stale.clone() } else { self.store.clone() };
         let forgets = self.is(Mutant::ForgetGenerations);
@@ -85,7 +88,18 @@ impl World<'_> {
     /// The coordinator's process is gone; whoever started it starts it again.
     pub(super) fn depose(&mut self, after: u64) {
         let Some(leader) = self.leader.take() else { return };
+        // Whoever knocks at a dead door is not kept waiting.
+        let knocking: Vec<Session> = self
+            .network
+            .held
+            .iter()
+            .filter_map(|(_, frame)| match frame {
+                Frame::Hello(session, _) => Some(*session),
+                _ => None,
+            })
+            .collect();
         self.forget(End::Coordinator);
+        knocking.into_iter().for_each(|session| self.close_to_worker(session));
         for (session, _) in &leader.sessions {
             self.close_to_worker(*session);
         }

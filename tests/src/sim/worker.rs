@@ -7,6 +7,7 @@ use super::world::{Due, World};
 use caravan_coordinator_core::Session;
 use caravan_types::message::{Farewell, FromWorker, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::PeerMessage;
+use caravan_types::timing::Timing;
 use caravan_types::{Generation, Step, WorkerId};
 use caravan_worker_core::{Config, Core, Input, Output};
 use std::collections::{BTreeMap, BTreeSet};
@@ -183,7 +184,7 @@ impl World<'_> {
             batch: self.spec.batch,
             steps: self.options.steps,
             checkpoint_every: self.options.checkpoint_every,
-            detect_ms: DETECT_MS,
+            timing: Timing::from_millis(DETECT_MS),
         };
         let mutant = match self.options.mutant {
             Some(Mutant::Worker(mutant)) => Some(mutant),

@@ -10,10 +10,8 @@ use caravan_types::message::{Activity, FromWorker, Report, ToWorker};
 use caravan_types::peer::{Key, PeerMessage, Prepared};
 use caravan_types::progress::EngineProgress;
 use caravan_types::task::Task;
+use caravan_types::timing::millis;
 use caravan_types::{Generation, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, WorkerId};
-
-/// Heartbeats within the failure budget: three may be lost or late before one counts as dead.
-const HEARTBEATS: u64 = 4;
 
 /// The worker's decisions. See the crate's head for the driver's duties.
 #[derive(Clone, Debug)]
@@ -113,7 +111,7 @@ impl Core {
             Input::Tick => {}
         }
         if now >= self.beat {
-            self.beat = now + (self.config.detect_ms / HEARTBEATS).max(1);
+            self.beat = now + millis(self.config.timing.heartbeat());
             let (applied, activity, wait) = (self.applied, self.activity(), self.wait());
             let engine = EngineProgress::default();
             out.push(Output::Tell(FromWorker::Heartbeat { applied, activity, wait, engine }));

@@ -36,7 +36,7 @@ pub use crate::mutant::Mutant;
 use caravan_types::message::{Farewell, FromWorker, ToWorker};
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::task::{Done, Task};
-use caravan_types::{BatchShape, Generation, Member, ModelShape, Step, WorkerId};
+use caravan_types::{BatchShape, Generation, Member, ModelShape, Step, Timing, WorkerId};
 
 /// Milliseconds on a clock that only goes forward, from any origin.
 pub type Millis = u64;
@@ -54,8 +54,8 @@ pub struct Config {
     pub steps: u64,
     /// A checkpoint is written after each step that this divides; only at the end where 0.
     pub checkpoint_every: u64,
-    /// The failure budget.
-    pub detect_ms: u64,
+    /// The failure budget, and what follows from it.
+    pub timing: Timing,
 }
 
 /// What the core is told.

@@ -6,6 +6,7 @@
 use caravan_types::progress::{Doing, EngineProgress, Place};
 use caravan_types::{Generation, MicroId};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Shared by an engine and its driver.
 #[derive(Debug, Default)]
@@ -13,6 +14,8 @@ pub struct Watch {
     fence: AtomicU64,
     moved: AtomicU64,
     doing: AtomicU64,
+    busy_us: AtomicU64,
+    work: AtomicU64,
 }
 
 /// Bits of a unit's number, of a micro-batch's, and of a lane's, in one word with the activity.
@@ -39,11 +42,23 @@ impl Watch {
         self.moved.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Notes that a forward or backward task is done: the time that it took, and its FLOPs.
+    pub fn worked(&self, took: Duration, flops: u64) {
+        let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.busy_us.fetch_add(took_us, Ordering::Relaxed);
+        self.work.fetch_add(flops, Ordering::Relaxed);
+    }
+
     /// How far the engine is.
     #[must_use]
     pub fn progress(&self) -> EngineProgress {
         let doing = unpack(self.doing.load(Ordering::Relaxed));
-        EngineProgress { moved: self.moved.load(Ordering::Relaxed), doing }
+        EngineProgress {
+            moved: self.moved.load(Ordering::Relaxed),
+            doing,
+            busy_ms: self.busy_us.load(Ordering::Relaxed) / 1000,
+            work: self.work.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -101,8 +116,18 @@ mod tests {
         ];
         for (i, doing) in all.into_iter().enumerate() {
             watch.begin(doing);
-            assert_eq!(watch.progress(), EngineProgress { moved: i as u64 + 1, doing });
+            assert_eq!(
+                watch.progress(),
+                EngineProgress { moved: i as u64 + 1, doing, ..EngineProgress::default() }
+            );
         }
+    }
+
+    #[test]
+    fn times_of_less_than_a_millisecond_add_up() {
+        let watch = Watch::default();
+        (0..10).for_each(|_| watch.worked(Duration::from_micros(250), 7));
+        assert_eq!((watch.progress().busy_ms, watch.progress().work), (2, 70));
     }
 
     #[test]

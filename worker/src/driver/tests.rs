@@ -8,7 +8,7 @@ use caravan_data::{Request, prepare};
 use caravan_types::message::{Committed, Farewell, FromWorker, Report, ToWorker, Welcome};
 use caravan_types::{
     BatchShape, Digest, Generation, Member, ModelShape, NumericsClass, Part, Pipeline, Plan, Precision,
-    Recipe, RunSpec, SliceSet, SliceTable, Source, Stage, Step, Transfer, WorkerId,
+    Recipe, RunSpec, SliceSet, SliceTable, Source, Stage, Step, Timing, Transfer, WorkerId,
 };
 use std::fs;
 use std::path::PathBuf;
@@ -57,7 +57,7 @@ impl Run {
             worker: WorkerId(worker),
             spec: self.spec.clone(),
             redundancy: 2,
-            detect_ms: self.detect_ms,
+            timing: Timing::from_millis(self.detect_ms),
             checkpoint_every: 0,
             data: self.data.to_str().unwrap().into(),
             checkpoints: self.dir.path().join("checkpoints").to_str().unwrap().into(),

@@ -32,6 +32,7 @@ impl Machine for Fake {
             Task::Save { generation, step, .. } => {
                 Ok(self.saver.as_ref().and_then(|saver| saver.save(generation, step, Vec::new())))
             }
+            Task::Place { .. } => Ok(None),
             Task::Drop(_) => panic!("as a test wants it"),
             other => Err(format!("no {other:?}").into()),
         }
@@ -71,9 +72,31 @@ fn no_save() -> Save {
     Box::new(|_, _, _| Err("this test saves nothing".into()))
 }
 
+fn costs() -> Costs {
+    let batch = BatchShape { lanes: 2, micro_batches: 1, sequences: 1, sequence_length: 8 };
+    Costs { model: ModelShape::preset("260k").unwrap(), batch }
+}
+
+#[test]
+fn passes_are_worth_what_the_stage_costs_and_those_given_up_nothing() {
+    let (engine, mut reports) = start(Fake::default(), no_save());
+    engine.run(Span::none(), Task::Place { units: 0..3 }).unwrap();
+    engine.run(Span::none(), compute(1)).unwrap();
+    assert!(matches!(reports.blocking_recv(), Some(Report::Done(Done::Lane { .. }))));
+    engine.fence(Generation(2));
+    engine.run(Span::none(), compute(1)).unwrap();
+    engine.run(Span::none(), compute(2)).unwrap();
+    let Costs { model, batch } = costs();
+    let backward = cost::passes(&model, &batch, 0..3).1;
+    for _ in 0..2 {
+        assert!(matches!(reports.blocking_recv(), Some(Report::Done(Done::Lane { .. }))));
+    }
+    assert_eq!(engine.progress().work, 2 * backward);
+}
+
 fn start(machine: Fake, save: Save) -> (Engine, mpsc::Receiver<Report>) {
     let build = move |saver| Ok(Fake { saver: Some(saver), ..machine });
-    Engine::start(build, save, Arc::default(), 1).unwrap()
+    Engine::start(build, save, Arc::default(), costs(), 1).unwrap()
 }
 
 fn failure(reports: &mut mpsc::Receiver<Report>) -> String {
@@ -115,13 +138,13 @@ fn what_a_fenced_generation_wanted_to_send_is_not_looked_for() {
 #[test]
 fn an_engine_that_cannot_start_or_go_on_or_panics_says_so_once_and_ends() {
     let build = |_| Err::<Fake, _>("the data is gone".into());
-    let (_engine, mut reports) = Engine::start(build, no_save(), Arc::default(), 1).unwrap();
+    let (_engine, mut reports) = Engine::start(build, no_save(), Arc::default(), costs(), 1).unwrap();
     assert_eq!(failure(&mut reports), "starting the engine: the data is gone");
 
     let (engine, mut reports) = start(Fake::default(), no_save());
-    engine.run(Span::none(), Task::Place { units: 0..1 }).unwrap();
-    assert_eq!(failure(&mut reports), "Place { units: 0..1 }: no Place { units: 0..1 }");
-    engine.run(Span::none(), Task::Place { units: 0..1 }).unwrap();
+    engine.run(Span::none(), Task::Narrow { units: 0..1 }).unwrap();
+    assert_eq!(failure(&mut reports), "Narrow { units: 0..1 }: no Narrow { units: 0..1 }");
+    engine.run(Span::none(), Task::Narrow { units: 0..1 }).unwrap();
 
     let (engine, mut reports) = start(Fake::default(), no_save());
     engine.run(Span::none(), Task::Drop(SliceSet::default())).unwrap();

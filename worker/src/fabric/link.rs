@@ -4,7 +4,7 @@ use super::fault::Fault;
 use super::{Settings, codec, socket};
 use crate::engine::frames_of_two_steps;
 use caravan_types::peer::PeerMessage;
-use caravan_types::{Generation, Member};
+use caravan_types::{Generation, Member, Timing};
 use caravan_wire::frame::FrameHeader;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +14,8 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, timeout_at};
 
-/// First pause between two attempts to reach a peer; doubled each time.
+/// First pause between two attempts to reach a peer; doubled each time, up to `Timing::redial`.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
-
-/// Longest pause, so that a peer that has just started is reached soon.
-const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 
 /// Votes that wait in a link, besides data: one a step, and stepping cannot run two ahead.
 const VOTES: usize = 4;
@@ -73,8 +70,8 @@ pub(super) async fn serve(
 ) -> Option<Fault> {
     let Queue { frames, overrun } = queue;
     let served = async {
-        let stream = dial(&peer.fabric, settings.detect).await?;
-        socket::tune(&stream, settings.detect)?;
+        let stream = dial(&peer.fabric, settings.timing).await?;
+        socket::tune(&stream, settings.timing)?;
         let (reading, mut writing) = stream.into_split();
         codec::write_hello(&mut writing, settings, generation, peer.worker).await?;
         tokio::select! {
@@ -88,9 +85,10 @@ pub(super) async fn serve(
     }
 }
 
-/// Connects, again and again until `detect` has passed: the peer may be starting still.
-async fn dial(address: &str, detect: Duration) -> Result<TcpStream, Fault> {
-    let deadline = Instant::now() + detect;
+/// Connects, again and again for a while: the peer may be starting still.
+async fn dial(address: &str, timing: Timing) -> Result<TcpStream, Fault> {
+    let within = timing.dial();
+    let deadline = Instant::now() + within;
     let mut pause = FIRST_PAUSE;
     let mut error = "no answer".to_owned();
     loop {
@@ -100,10 +98,10 @@ async fn dial(address: &str, detect: Duration) -> Result<TcpStream, Fault> {
             Err(_) => {}
         }
         if Instant::now() + pause >= deadline {
-            return Err(Fault::Unreachable { address: address.to_owned(), within: detect, error });
+            return Err(Fault::Unreachable { address: address.to_owned(), within, error });
         }
         sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(timing.redial());
     }
 }
 

@@ -68,8 +68,8 @@ async fn introduce(
     settings: Arc<Settings>,
     inbox: mpsc::Sender<Arrival>,
 ) {
-    let introduction = timeout(settings.detect, introduced(stream, address, &settings)).await;
-    match introduction.unwrap_or(Err(Fault::Mute(settings.detect))) {
+    let introduction = timeout(settings.timing.introduce(), introduced(stream, address, &settings)).await;
+    match introduction.unwrap_or(Err(Fault::Mute(settings.timing.introduce()))) {
         // Where the fabric is gone, so is the listener in a moment.
         Ok(opening) => inbox.send(Arrival::Opened(opening)).await.unwrap_or_default(),
         Err(fault) => turned_away(address, &fault),
@@ -77,7 +77,7 @@ async fn introduce(
 }
 
 async fn introduced(stream: TcpStream, address: SocketAddr, settings: &Settings) -> Result<Opening, Fault> {
-    socket::tune(&stream, settings.detect)?;
+    socket::tune(&stream, settings.timing)?;
     let mut stream = BufReader::with_capacity(BUFFER, stream);
     let (generation, from) = codec::read_hello(&mut stream, settings).await?;
     Ok(Opening { generation, from, address, stream })

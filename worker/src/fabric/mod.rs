@@ -26,12 +26,11 @@ pub use link::Link;
 pub(crate) use link::test_link;
 
 use caravan_types::peer::PeerMessage;
-use caravan_types::{BatchShape, Digest, Generation, Member, SliceTable, WorkerId};
+use caravan_types::{BatchShape, Digest, Generation, Member, SliceTable, Timing, WorkerId};
 use listen::Opening;
 use parking::Parking;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -53,8 +52,8 @@ pub struct Settings {
     pub batch: BatchShape,
     /// Width of the residual stream, which goes from stage to stage.
     pub dim: u32,
-    /// The failure budget.
-    pub detect: Duration,
+    /// The failure budget, and what follows from it.
+    pub timing: Timing,
 }
 
 /// What comes out of a fabric.
@@ -126,7 +125,7 @@ impl Fabric {
         let (inbox, arrivals) = mpsc::channel(WAITING);
         let mut tasks = JoinSet::new();
         tasks.spawn(listen::listen(listener, Arc::clone(&settings), inbox.clone()));
-        let parking = Parking::new(settings.detect);
+        let parking = Parking::new(settings.timing.parked());
         let fence = Generation::default();
         Self { settings, arrivals, inbox, fence, open: None, parking, listener: tasks }
     }

@@ -10,10 +10,6 @@ use tokio::time::{Instant, sleep_until};
 /// plan before everybody has stopped for it.
 const ROOM: usize = 1024;
 
-/// A plan comes within the budget of a failure during regrouping and that of the failure
-/// that it answers; as much again for slow disks and many workers.
-const PATIENCE: u32 = 4;
-
 /// Parked connections, oldest first.
 pub struct Parking {
     patience: Duration,
@@ -21,8 +17,8 @@ pub struct Parking {
 }
 
 impl Parking {
-    pub fn new(detect: Duration) -> Self {
-        Self { patience: detect * PATIENCE, parked: Vec::new() }
+    pub fn new(patience: Duration) -> Self {
+        Self { patience, parked: Vec::new() }
     }
 
     /// Parks a connection, or closes it where there is no room.

@@ -7,6 +7,7 @@ use caravan_types::message::PROTOCOL_VERSION;
 use caravan_types::peer::{Key, LaneResult, Prepared};
 use caravan_types::{ModelShape, SliceId, Step};
 use caravan_wire::frame::{self, FrameHeader, Hello};
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -23,7 +24,7 @@ const G2: Generation = Generation(2);
 fn settings(worker: u64, detect: Duration) -> Settings {
     let slices = SliceTable::new(&ModelShape::preset("260k").unwrap());
     let batch = BatchShape { lanes: 4, micro_batches: 1, sequences: 1, sequence_length: 8 };
-    Settings { worker: WorkerId(worker), run: Digest([7; 32]), slices, batch, dim: 64, detect }
+    Settings { worker: WorkerId(worker), run: Digest([7; 32]), slices, batch, dim: 64, timing: detect.into() }
 }
 
 async fn fabric(worker: u64, detect: Duration) -> (Fabric, Member) {

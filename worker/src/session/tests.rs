@@ -11,11 +11,11 @@ use caravan_types::{
 };
 use tokio::net::TcpListener;
 
-/// Long enough for a loaded machine, where nothing waits for it to pass.
-const LONG: Duration = Duration::from_secs(60);
+/// Joining takes up to a minute: enough for a loaded machine, where nothing waits for it to pass.
+const LONG: Timing = Timing::from_millis(6000);
 
-/// Short, for what is to be given up.
-const SHORT: Duration = Duration::from_millis(300);
+/// Joining is given up after a second.
+const SHORT: Timing = Timing::from_millis(100);
 
 fn hello() -> Hello {
     Hello {
@@ -47,7 +47,7 @@ fn welcome() -> Welcome {
         worker: WorkerId(5),
         spec,
         redundancy: 2,
-        detect_ms: 3000,
+        timing: Timing::from_millis(3000),
         checkpoint_every: 0,
         data: "data".into(),
         checkpoints: "checkpoints".into(),

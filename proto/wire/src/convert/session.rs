@@ -12,7 +12,9 @@ use caravan_types::message::{
 use caravan_types::progress::EngineProgress;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::task::SavedPart;
-use caravan_types::{Digest, RunSpec, SliceId};
+use caravan_types::timing::millis;
+use caravan_types::{Digest, RunSpec, SliceId, Timing};
+use std::time::Duration;
 
 variants!(
     Activity,
@@ -36,6 +38,8 @@ impl TryFrom<pb::FromWorker> for Up {
                 engine: EngineProgress {
                     moved: beat.engine_moved,
                     doing: from_json(&beat.engine_doing, "Heartbeat.engine_doing")?,
+                    busy_ms: beat.busy_ms,
+                    work: beat.work,
                 },
             },
             Message::Report(report) => FromWorker::Report(report.try_into()?),
@@ -64,6 +68,8 @@ impl From<FromWorker> for from_worker::Message {
                 wait: to_json(&wait),
                 engine_moved: engine.moved,
                 engine_doing: to_json(&engine.doing),
+                busy_ms: engine.busy_ms,
+                work: engine.work,
             }),
             FromWorker::Report(report) => Self::Report(report.into()),
             FromWorker::Committed(committed) => Self::Committed(committed.into()),
@@ -174,7 +180,9 @@ impl From<Welcome> for pb::Welcome {
             worker: welcome.worker.0,
             spec: Some((&welcome.spec).into()),
             redundancy: welcome.redundancy,
-            detect_ms: welcome.detect_ms,
+            detect_ms: millis(welcome.timing.detect()),
+            heartbeat_ms: welcome.timing.set_heartbeat().map(millis),
+            reattach_ms: welcome.timing.set_reattach().map(millis),
             checkpoint_every: welcome.checkpoint_every,
             data: welcome.data,
             checkpoints: welcome.checkpoints,
@@ -187,11 +195,15 @@ impl TryFrom<pb::Welcome> for Welcome {
     type Error = Malformed;
 
     fn try_from(welcome: pb::Welcome) -> Result<Self, Malformed> {
+        let timing = Timing::from_millis(welcome.detect_ms)
+            .with_heartbeat(welcome.heartbeat_ms.map(Duration::from_millis))
+            .with_reattach(welcome.reattach_ms.map(Duration::from_millis));
+        timing.validate().map_err(|disorder| Why::Disorder(disorder).at("Welcome.detect_ms"))?;
         Ok(Self {
             worker: limits::worker(welcome.worker, "Welcome.worker")?,
             spec: required(welcome.spec, "Welcome.spec")?.try_into()?,
             redundancy: welcome.redundancy,
-            detect_ms: welcome.detect_ms,
+            timing,
             checkpoint_every: welcome.checkpoint_every,
             data: text(welcome.data, "Welcome.data")?,
             checkpoints: text(welcome.checkpoints, "Welcome.checkpoints")?,
