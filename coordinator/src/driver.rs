@@ -235,8 +235,12 @@ impl<S: Store> Driver<S> {
                 _ => {}
             }
         }
-        let outlives =
-            |o: &Output| matches!(o, Output::Persist(_) | Output::Complete { .. } | Output::End(_));
+        // A checkpoint has its own sync, before its manifest and beside this loop: a disk that is
+        // slow must not keep a death from being noticed.
+        let outlives = |o: &Output| match o {
+            Output::Persist(record) => !matches!(record, Record::Checkpoint(_)),
+            other => matches!(other, Output::End(_)),
+        };
         if outputs.iter().any(outlives) { ledger.sync().await } else { Ok(()) }
     }
 
@@ -247,8 +251,12 @@ impl<S: Store> Driver<S> {
         }
         let Some((generation, step, parts)) = self.incomplete.pop_front() else { return };
         let checkpoints = Arc::clone(&self.parts.checkpoints);
+        let durable = self.parts.ledger.durable();
         self.saving.spawn(async move {
-            let result = checkpoints.complete(generation, step, parts).await;
+            let result = match durable.await {
+                Ok(()) => checkpoints.complete(generation, step, parts).await,
+                Err(error) => Err(error.to_string()),
+            };
             Input::Completed { generation, step, result }
         });
     }

@@ -145,6 +145,18 @@ impl Ledger {
         Ok(())
     }
 
+    /// Makes durable what is in it now, beside whatever else is done with it.
+    ///
+    /// # Errors
+    /// Where the disk says no.
+    pub fn durable(&self) -> impl Future<Output = Result<(), LedgerError>> + Send + use<> {
+        let (file, path) = (Arc::clone(&self.file), self.path.clone());
+        async move {
+            let synced = blocking(move || file.sync_data()).await;
+            synced.map_err(io_error("make durable", &path))
+        }
+    }
+
     /// Makes everything durable.
     ///
     /// # Errors

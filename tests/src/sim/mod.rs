@@ -2,7 +2,7 @@
 //! workers, real engines on a tiny model, and a virtual network, clock, store and disk.
 //!
 //! A seed decides everything: sizes, delays, and when what goes wrong. Every event is followed by
-//! the invariants ([`checks`]); when the faults are over the run must come to its end within a
+//! the invariants (`checks`); when the faults are over the run must come to its end within a
 //! bounded time (L-1). The same seed gives the same trace.
 //!
 //! `world` moves frames and time; `coordinator` and `worker` are the drivers around the cores, as
