@@ -6,7 +6,7 @@
 //!
 //! `control.jsonl` has a [`Record`] a line: a start for each coordinator, then every input with
 //! the moment, and a digest of what the core answered. Heartbeats, most of all inputs, are short
-//! lists. Nothing depends on the file: a task of its own writes it within a second, and where
+//! lists. Nothing depends on the file: a task of its own writes it within a moment, and where
 //! that fails the run goes on without.
 
 mod record;

@@ -14,7 +14,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
 /// The file grows to this size, and recording stops. Eight workers that commit two steps a second
-/// say 16 commits of 170 bytes and ten heartbeats of 35, which fills it in four days.
+/// say 16 commits of 170 bytes and ten heartbeats of 90 in that second, which fills it in three
+/// and a half days.
 const MOST_BYTES: u64 = 1 << 30;
 
 /// Records that may wait for the disk: a minute of a small caravan. A recording with a hole
@@ -24,8 +25,9 @@ const WAITING: usize = 4096;
 /// What is written at once, at most.
 const BUFFER: usize = 1 << 16;
 
-/// How long a record waits for others before it is written.
-const FLUSH: Duration = Duration::from_secs(1);
+/// How long a record waits for others before it is written: what a crash takes away is no more
+/// than what viewers were not shown yet.
+const FLUSH: Duration = Duration::from_millis(200);
 
 /// How long the end of a run waits for the last records to be written.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -150,16 +152,18 @@ fn open(path: &Path) -> io::Result<(File, u64)> {
     Ok((file, end))
 }
 
-/// Writes lines as they come, some at once, until nobody is left to send any.
+/// Writes lines as they come, some at once, until nobody is left to send any. The first one, the
+/// start, is written at once.
 async fn write(mut file: tokio::fs::File, mut lines: mpsc::Receiver<Vec<u8>>, path: PathBuf) {
     let mut buffer = Vec::with_capacity(BUFFER);
-    let mut open = true;
+    let (mut open, mut wait) = (true, Duration::ZERO);
     while open {
         match lines.recv().await {
             Some(line) => buffer.extend(line),
             None => return,
         }
-        let deadline = Instant::now() + FLUSH;
+        let deadline = Instant::now() + wait;
+        wait = FLUSH;
         while buffer.len() < BUFFER {
             match timeout_at(deadline, lines.recv()).await {
                 Ok(Some(line)) => buffer.extend(line),
