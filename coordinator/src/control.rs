@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 /// Version of the file's format; a reader refuses any other. It changes with what the core is
 /// told, too: the inputs stand in the file as they are in the program.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -133,6 +133,7 @@ impl Worker {
                         state: SliceSet::default(),
                         weights: SliceSet::default(),
                         prepared: None,
+                        sums: Vec::new(),
                     };
                     self.say(FromWorker::Report(report)).await;
                 }

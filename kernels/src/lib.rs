@@ -23,6 +23,7 @@ mod family;
 pub mod adamw;
 pub mod add;
 pub mod attention;
+pub mod checksum;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod matmul;

@@ -2,8 +2,9 @@
 
 use std::error::Error;
 
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     "proto/caravan/v1/coordinator.proto",
+    "proto/caravan/v1/dispute.proto",
     "proto/caravan/v1/plan.proto",
     "proto/caravan/v1/session.proto",
     "proto/caravan/v1/status.proto",

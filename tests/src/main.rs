@@ -49,8 +49,9 @@ fn replay(seed: u64) -> ExitCode {
             );
             ExitCode::SUCCESS
         }
-        Err(error) => {
-            println!("{error}");
+        Err(broken) => {
+            broken.events.iter().for_each(|event| println!("{event}"));
+            println!("{broken}");
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,6 @@
 //! Many seeds of the simulation, on all cores.
 
-use crate::sim::{Mutant, Options, Truth, run};
+use crate::sim::{Broken, Mutant, Options, Truth, run};
 use caravan_types::message::Farewell;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -92,7 +92,7 @@ impl Sweep {
                                     next.store(seeds.end, Ordering::Relaxed);
                                 }
                             }
-                            Err(reason) => {
+                            Err(Broken { reason, .. }) => {
                                 if failure.as_ref().is_none_or(|f| seed < f.seed) {
                                     *failure = Some(Failure { seed, options: options.to_string(), reason });
                                 }

@@ -10,6 +10,7 @@ use crate::fabric::{self, Fabric};
 use crate::session::{Said, Session};
 use crate::signals::Signals;
 use crate::trace::Trace;
+use caravan_engine::{EngineError, Flaw};
 use caravan_types::message::{Farewell, FromWorker};
 use caravan_types::peer::PeerMessage;
 use caravan_types::{RunSpec, WorkerId};
@@ -26,6 +27,8 @@ enum Event {
     Fabric(fabric::Event),
     /// The engine has done something, or failed.
     Engine(Report),
+    /// Something is to go wrong.
+    Flaw(Flaw),
     /// Somebody wants this process to go.
     Signal,
     /// The core's deadline.
@@ -43,6 +46,8 @@ pub(crate) struct Driver {
     pub engine: Engine,
     pub reports: mpsc::Receiver<Report>,
     pub signals: Signals,
+    /// What is to go wrong, to try what comes of it.
+    pub flaws: mpsc::Receiver<Flaw>,
     pub trace: Trace,
     /// The run that this worker belongs to.
     pub spec: RunSpec,
@@ -59,7 +64,11 @@ impl Driver {
             if matches!(event, Event::Signal) && std::mem::replace(&mut leaving, true) {
                 return Err(WorkerError::Interrupted);
             }
-            let Some((input, mut payload)) = self.input(event)? else { continue };
+            let (input, mut payload) = match self.input(event) {
+                Ok(Some(input)) => input,
+                Ok(None) => continue,
+                Err(error) => return Err(self.last_words(error).await),
+            };
             self.core.handle(self.now(), input, &mut outputs);
             for output in outputs.drain(..) {
                 self.trace.observe(&output);
@@ -71,12 +80,22 @@ impl Driver {
         }
     }
 
+    /// What the others should know of why this worker ends: they would take a broken machine for
+    /// one that went away.
+    async fn last_words(mut self, error: WorkerError) -> WorkerError {
+        let WorkerError::Corrupt { what, .. } = &error else { return error };
+        self.session.tell(FromWorker::Corrupt { what: what.clone() });
+        self.session.close().await;
+        error
+    }
+
     async fn next(&mut self) -> Event {
         let deadline = self.core.next_deadline().map(|at| self.started + Duration::from_millis(at));
         tokio::select! {
             said = self.session.next() => Event::Coordinator(said),
             event = self.fabric.next() => Event::Fabric(event),
             Some(report) = self.reports.recv() => Event::Engine(report),
+            Some(flaw) = self.flaws.recv() => Event::Flaw(flaw),
             () = self.signals.next() => Event::Signal,
             () = sleep_until(deadline.unwrap_or(self.started)), if deadline.is_some() => Event::Tick,
         }
@@ -133,7 +152,16 @@ impl Driver {
             Event::Fabric(fabric::Event::Lost { generation, peer }) => Input::PeerLost { generation, peer },
             Event::Engine(Report::Done(done)) => Input::Done(done),
             Event::Engine(Report::Failed { doing, fault }) => {
-                return Err(WorkerError::Engine { doing, fault });
+                return Err(match fault.downcast_ref() {
+                    Some(EngineError::Corrupt { .. }) => {
+                        WorkerError::Corrupt { doing, what: fault.to_string() }
+                    }
+                    _ => WorkerError::Engine { doing, fault },
+                });
+            }
+            Event::Flaw(flaw) => {
+                self.engine.fail(flaw)?;
+                return Ok(None);
             }
             Event::Signal => {
                 tracing::info!("asked to go: leaving at the end of this step; a second signal ends at once");

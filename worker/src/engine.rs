@@ -10,7 +10,7 @@
 mod saver;
 
 use crate::fabric::Link;
-use caravan_engine::Watch;
+use caravan_engine::{Flaw, Watch};
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::progress::{Doing, EngineProgress, Place};
 use caravan_types::task::{Done, Task};
@@ -46,6 +46,9 @@ pub trait Machine {
     /// # Errors
     /// Where there is nothing under this key.
     fn get(&mut self, key: Key) -> Result<Vec<f32>, Fault>;
+
+    /// Has something go wrong, to try what comes of it.
+    fn fail(&mut self, flaw: Flaw);
 }
 
 /// What the engine tells the driver.
@@ -100,6 +103,7 @@ enum Job {
     Run(Task),
     Put(Key, Vec<f32>),
     Send(Key, Link),
+    Fail(Flaw),
 }
 
 impl fmt::Display for Job {
@@ -108,6 +112,7 @@ impl fmt::Display for Job {
             Self::Run(task) => write!(f, "{task:?}"),
             Self::Put(key, _) => write!(f, "storing, of {key}"),
             Self::Send(key, _) => write!(f, "sending, of {key}"),
+            Self::Fail(flaw) => write!(f, "failing on purpose: {flaw:?}"),
         }
     }
 }
@@ -186,6 +191,14 @@ impl Engine {
         self.queue(parent, Job::Send(key, link))
     }
 
+    /// Has something go wrong after everything asked for so far.
+    ///
+    /// # Errors
+    /// Where the queue is full.
+    pub fn fail(&self, flaw: Flaw) -> Result<(), Overrun> {
+        self.queue(Span::none(), Job::Fail(flaw))
+    }
+
     fn queue(&self, parent: Span, job: Job) -> Result<(), Overrun> {
         match self.jobs.try_send(Queued { job, parent }) {
             Ok(()) => Ok(()),
@@ -230,6 +243,10 @@ impl Actor {
         match job {
             Job::Run(task) => self.run(machine, task),
             Job::Put(key, payload) => machine.put(key, payload).map(|()| None),
+            Job::Fail(flaw) => {
+                machine.fail(flaw);
+                Ok(None)
+            }
             // What a computation that was given up should have left is not there to be sent.
             Job::Send(_, link) if self.watch.is_fenced(link.generation()) => Ok(None),
             Job::Send(key, link) => {
@@ -321,8 +338,12 @@ fn phase(parent: &Span, job: &Job) -> Span {
             info_span!(parent: parent, "load", step = step.0, slices = slices.len())
         }
         Job::Run(Task::Init { slices, .. }) => info_span!(parent: parent, "init", slices = slices.len()),
+        Job::Run(Task::Verify { step, slices, .. }) => {
+            tracing::debug_span!(parent: parent, "verify", step = step.0, slices = slices.len())
+        }
         Job::Run(Task::Place { .. } | Task::Install(_) | Task::Drop(_) | Task::Narrow { .. })
-        | Job::Put(..) => {
+        | Job::Put(..)
+        | Job::Fail(_) => {
             tracing::trace_span!(parent: parent, "store")
         }
         Job::Send(Key::Weights { step, slice }, _) => {

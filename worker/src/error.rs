@@ -65,6 +65,14 @@ pub enum WorkerError {
         /// Why it could not.
         fault: Fault,
     },
+    /// Memory does not hold what was put there.
+    #[error("corrupt, at {doing}: {what}")]
+    Corrupt {
+        /// What the engine was doing.
+        doing: String,
+        /// What has changed.
+        what: String,
+    },
     /// More was asked of the engine than the protocol allows.
     #[error(transparent)]
     Overrun(#[from] Overrun),
@@ -76,8 +84,8 @@ pub enum WorkerError {
 /// How a process ends that is no worker any more, for whoever started it.
 ///
 /// The numbers are part of the command line's interface. Restarting helps after
-/// [`CoordinatorGone`](Self::CoordinatorGone), [`Fenced`](Self::Fenced) and
-/// [`Failed`](Self::Failed), and nowhere else.
+/// [`CoordinatorGone`](Self::CoordinatorGone), [`Fenced`](Self::Fenced),
+/// [`Failed`](Self::Failed) and [`Corrupt`](Self::Corrupt), and nowhere else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
@@ -97,6 +105,8 @@ pub enum Exit {
     Fenced = 13,
     /// The run itself cannot go on.
     RunFailed = 14,
+    /// This worker had wrong bits.
+    Corrupt = 15,
     /// Ended by a second signal: 128 + SIGINT, as shells have it.
     Interrupted = 130,
 }
@@ -107,6 +117,8 @@ impl From<&Result<Farewell, WorkerError>> for Exit {
             Ok(Farewell::Finished | Farewell::Drained | Farewell::Left) => Self::Good,
             Ok(Farewell::Fenced) => Self::Fenced,
             Ok(Farewell::Failed) => Self::RunFailed,
+            Ok(Farewell::Corrupt) => Self::Corrupt,
+            Err(WorkerError::Corrupt { .. }) => Self::Corrupt,
             Err(WorkerError::Address(_) | WorkerError::Listen { .. }) => Self::Usage,
             Err(WorkerError::Refused(Refusal::Fenced { .. })) => Self::Fenced,
             Err(WorkerError::Refused(_) | WorkerError::Protocol { .. } | WorkerError::OtherRun) => {

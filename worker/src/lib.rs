@@ -27,6 +27,7 @@ mod signals;
 mod stub;
 mod trace;
 
+pub use caravan_engine::Flaw;
 pub use error::{Exit, WorkerError};
 
 use caravan_kernels::Family;
@@ -41,6 +42,7 @@ use signals::Signals;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::{TcpListener, UdpSocket};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use trace::Trace;
 
@@ -73,6 +75,15 @@ pub struct Options {
 /// # Errors
 /// Whatever keeps a worker from working; [`Exit`] says what to do about it.
 pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
+    let (_, flaws) = mpsc::channel(1);
+    run_with(options, flaws).await
+}
+
+/// The same on a machine where what comes in `flaws` goes wrong.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with(options: Options, flaws: mpsc::Receiver<Flaw>) -> Result<Farewell, WorkerError> {
     let mut signals = Signals::listen().map_err(WorkerError::Start)?;
     let unheard = |source| WorkerError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(unheard)?;
@@ -104,6 +115,7 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
         engine,
         reports,
         signals,
+        flaws,
         spec: welcome.spec,
         started: Instant::now(),
     };

@@ -3,7 +3,7 @@
 use crate::engine::{Fault, Machine, Save, Saver};
 use caravan_checkpoint::{Checkpoint, write_part};
 use caravan_data::{Dataset, Sampler};
-use caravan_engine::{Batches, Checkpoints, Executor, Watch};
+use caravan_engine::{Batches, Checkpoints, Executor, Flaw, Watch};
 use caravan_types::message::Welcome;
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
@@ -72,6 +72,10 @@ impl Machine for Device {
 
     fn get(&mut self, key: Key) -> Result<Vec<f32>, Fault> {
         Ok(Executor::get(self, key)?)
+    }
+
+    fn fail(&mut self, flaw: Flaw) {
+        tracing::warn!(?flaw, done = Executor::fail(self, flaw), "told to have something go wrong");
     }
 }
 

@@ -99,7 +99,13 @@ mod tests {
         let log = Log::default();
         let _guard = log.listen();
         let mut trace = Trace::new("tiny", WorkerId(3));
-        let vote = Prepared { step: Step(1), norms: Vec::new(), lanes: Vec::new(), stop_for: None };
+        let vote = Prepared {
+            step: Step(1),
+            slices: Vec::new(),
+            weights: caravan_types::Opinion(0),
+            lanes: Vec::new(),
+            stop_for: None,
+        };
         let vote = |to| Output::Send { to: WorkerId(to), message: PeerMessage::Prepared(vote.clone()) };
         trace.observe(&vote(1));
         let first = trace.prepare.as_ref().unwrap().id();

@@ -3,8 +3,8 @@
 use crate::say;
 use crate::telemetry::{self, LogTarget};
 use caravan_types::message::SPEEDS;
-use caravan_worker::{Exit, Options};
-use std::io;
+use caravan_worker::{Exit, Flaw, Options};
+use std::io::{self, BufRead as _};
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
@@ -33,7 +33,9 @@ pub struct Args {
     /// A name for people; host and process by default.
     #[arg(long)]
     name: Option<String>,
-    /// End when standard input does, as it does with the process that started this one.
+    /// End when standard input does, as it does with the process that started this one. What
+    /// that says in it goes wrong: `memory`, `sum` or `update` with the number of a bit, a line
+    /// each.
     #[arg(long, hide = true)]
     tether: bool,
 }
@@ -71,9 +73,10 @@ pub fn run(args: &Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + S
     // One thread moves messages; the engine computes on its own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let ended = runtime.block_on(async {
+        let (orders, flaws) = tokio::sync::mpsc::channel(FLAWS);
         tokio::select! {
-            ended = caravan_worker::run(options) => Some(ended),
-            () = snapped(), if args.tether => None,
+            ended = caravan_worker::run_with(options, flaws) => Some(ended),
+            () = snapped(orders), if args.tether => None,
         }
     });
     match &ended {
@@ -87,12 +90,21 @@ pub fn run(args: &Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + S
     Ok(ExitCode::from(ended.as_ref().map_or(Exit::CoordinatorGone, Exit::from) as u8))
 }
 
-/// Waits for the end of standard input, which says nothing before: on a thread of its own, as
-/// reading it cannot be given up.
-async fn snapped() {
+/// Things that are still to go wrong; whoever orders them waits for what comes of one.
+const FLAWS: usize = 16;
+
+/// Waits for the end of standard input, and hands on what is said in it: on a thread of its
+/// own, as reading it cannot be given up.
+async fn snapped(orders: tokio::sync::mpsc::Sender<Flaw>) {
     let (sender, ended) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {
-        io::copy(&mut io::stdin(), &mut io::sink()).ok();
+        for line in io::stdin().lock().lines().map_while(Result::ok) {
+            match line.parse() {
+                // A worker that ends takes no more.
+                Ok(flaw) => _ = orders.blocking_send(flaw),
+                Err(error) => tracing::warn!(error, "standard input says what cannot be done"),
+            }
+        }
         // Nobody waits for it where the worker has ended.
         sender.send(()).ok();
     });

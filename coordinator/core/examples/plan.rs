@@ -65,12 +65,12 @@ fn measure(preset: &str, workers: u64, lanes: u32, mixed: bool) -> Result<(), No
     let mut candidates: Vec<Candidate> = (0..workers).map(|id| worker(id, mixed)).collect();
     let start = Start { base: Step(0), norm: None, origin: Source::Init };
     let clock = Instant::now();
-    let first = plan(&demand, &table, Generation(1), start, &candidates, &[])?;
+    let first = plan(&demand, &table, Generation(1), start, &candidates, &[], &[])?;
     let fresh = clock.elapsed();
     healed(&table, &first, &mut candidates);
     candidates.remove(workers as usize / 2);
     let clock = Instant::now();
-    let second = plan(&demand, &table, Generation(2), start, &candidates, &first.pipelines)?;
+    let second = plan(&demand, &table, Generation(2), start, &candidates, &first.pipelines, &[])?;
     let after = clock.elapsed();
     let depths = first.pipelines.iter().map(|p| p.stages.len());
     let moved: usize = second.transfers.iter().map(|t| t.slices.len()).sum();

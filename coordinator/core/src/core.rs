@@ -1,6 +1,7 @@
 //! The coordinator's state and its transitions.
 
 use crate::accused::Accusations;
+use crate::corrupt::Disputes;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
 use crate::pace::Balance;
@@ -20,10 +21,6 @@ use std::collections::{BTreeMap, BTreeSet};
 /// FLOP/s of a worker that says that its speed is 1: an ordinary core, with vectors of fp32.
 /// Only its ratio to the speed of the links decides anything.
 const FLOPS_OF_SPEED_1: f64 = 5e10;
-
-/// Owners of one slice that differ this often without a step in between do not differ by
-/// chance; going on would write bad weights.
-const MOST_DIVERGENCES: u32 = 3;
 
 /// The coordinator's decisions. See the crate's head for the driver's duties.
 #[derive(Clone, Debug)]
@@ -48,7 +45,7 @@ pub struct Core {
     pub(crate) saves: Saves,
     pub(crate) accusations: Accusations,
     pub(crate) balance: Balance,
-    divergences: u32,
+    pub(crate) disputes: Disputes,
     pub(crate) draining: bool,
     /// The step that is written down before everybody goes.
     pub(crate) saving: Option<Step>,
@@ -80,6 +77,7 @@ impl Core {
             config,
             demand,
             table,
+            disputes: Disputes::of(plan.as_ref()),
             phase: if plan.is_some() { Phase::Recovering } else { Phase::Gathering },
             members: Members::default(),
             next_worker: restored.next_worker.max(1),
@@ -91,7 +89,6 @@ impl Core {
             saves: Saves::default(),
             accusations: Accusations::default(),
             balance: Balance::default(),
-            divergences: 0,
             draining: false,
             saving: None,
             awaited,
@@ -244,10 +241,19 @@ impl Core {
             FromWorker::Report(report) => self.report(now, worker, report, out),
             FromWorker::Committed(committed) => self.commit(now, worker, committed, out),
             FromWorker::PeerLost { generation, peer } => self.suspect(now, generation, worker, peer, out),
-            FromWorker::Diverged { generation, step, .. } => {
-                self.diverged(now, worker, generation, step, out)
+            FromWorker::Diverged { generation, disputes, .. } => {
+                self.diverged(now, worker, generation, disputes, out)
+            }
+            FromWorker::Settled { generation, disputes } => self.settled(now, generation, &disputes, out),
+            FromWorker::Corrupt { what } => {
+                self.disputes.forget(worker);
+                out.push(Output::Note(Event::Corrupt { worker, what }));
+                self.lose(now, worker, LossReason::Corrupt, out);
             }
             FromWorker::Saved { generation, step, part } => self.saved(now, generation, step, part, out),
+            FromWorker::Vouched { generation, step, sums } => {
+                self.vouched(now, worker, generation, step, sums, out)
+            }
             FromWorker::Leaving => {
                 known.leaving = true;
                 self.consider(now, out);
@@ -259,35 +265,12 @@ impl Core {
         if !self.members.remove(worker) {
             return;
         }
+        let farewell = if reason == LossReason::Corrupt { Farewell::Corrupt } else { Farewell::Fenced };
         if reason != LossReason::SessionClosed {
-            out.push(Output::Send { worker, message: ToWorker::Goodbye(Farewell::Fenced) });
+            out.push(Output::Send { worker, message: ToWorker::Goodbye(farewell) });
         }
         out.push(Output::Note(Event::Lost { worker, reason }));
         self.consider(now, out);
-    }
-
-    fn diverged(
-        &mut self,
-        now: Millis,
-        worker: WorkerId,
-        generation: Generation,
-        step: Step,
-        out: &mut Vec<Output>,
-    ) {
-        let current = self.plan.as_ref().is_some_and(|p| p.generation == generation);
-        if !current || self.phase == Phase::Regrouping && !self.boundary {
-            return;
-        }
-        out.push(Output::Note(Event::Diverged { step, worker }));
-        self.divergences += 1;
-        if self.divergences >= MOST_DIVERGENCES {
-            let reason = format!(
-                "owners of one slice had different gradients {MOST_DIVERGENCES} times at step {step}: \
-                 a worker computes wrong values; find it by running with fewer workers, then start again"
-            );
-            return self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out);
-        }
-        self.stop(now, false, out);
     }
 
     /// Where members of the plan stand still for longer than the failure budget, the first cause
@@ -419,7 +402,9 @@ impl Core {
         }
         let in_range =
             |set: &SliceSet| set.iter().last().is_none_or(|SliceId(i)| (i as usize) < self.table.len());
-        if !(in_range(&report.state) && in_range(&report.weights) && report.prepared.iter().all(in_range)) {
+        let sums = report.sums.iter().map(|(slice, _)| *slice).collect();
+        let sets = [&report.state, &report.weights, &sums];
+        if !(sets.into_iter().all(in_range) && report.prepared.iter().all(in_range)) {
             return self.lose(now, worker, LossReason::Misbehaved, out);
         }
         if let Some(known) = self.members.get_mut(worker) {
@@ -432,6 +417,11 @@ impl Core {
     /// Once everybody has reported: goes on with a new plan, or saves and ends.
     fn decide(&mut self, now: Millis, out: &mut Vec<Output>) {
         let Some(reports) = self.members.reports(self.generation) else { return };
+        let (culprits, trusted) = self.disputes.trusted(&reports, out);
+        if !culprits.is_empty() {
+            return self.cut_out(now, culprits, out);
+        }
+        let reports: BTreeMap<WorkerId, &Report> = trusted.iter().map(|(w, r)| (*w, &**r)).collect();
         let mut agreement =
             regroup::agree(&reports, self.committed.as_ref(), self.checkpoint, self.table.len());
         if mutant!(self, HealFromAnotherStep) {
@@ -462,7 +452,9 @@ impl Core {
             return self.consider(now, out);
         }
         let before = self.plan.as_ref().map_or(&[][..], |plan| &plan.pipelines);
-        let plan = planner::plan(&self.demand, &self.table, self.generation, start, &candidates, before);
+        let disputes = &self.disputes.open;
+        let plan =
+            planner::plan(&self.demand, &self.table, self.generation, start, &candidates, before, disputes);
         let plan = match plan {
             Ok(plan) => plan,
             // Everybody has stopped and keeps what it has: whoever comes or goes is asked to
@@ -479,6 +471,7 @@ impl Core {
             out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
         }
         self.balance.planned(plan.base);
+        self.disputes.planned();
         self.plan = Some(plan);
         self.phase = Phase::Running;
         self.members.start_moving(now);
@@ -521,7 +514,7 @@ impl Core {
         }
         let members = plan.members.iter().map(|m| m.worker).collect();
         self.accusations.stepped();
-        self.divergences = 0;
+        self.disputes.times = 0;
         self.committed = Some(committed.clone());
         out.push(Output::Committed { committed, members });
         self.consider(now, out);

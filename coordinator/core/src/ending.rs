@@ -6,8 +6,8 @@ use crate::{Core, Millis, Output, Record};
 use caravan_types::message::{Farewell, ToWorker};
 use caravan_types::status::{Event, LossReason, Phase};
 use caravan_types::task::SavedPart;
-use caravan_types::{Generation, SliceSet, Step, WorkerId};
-use std::collections::BTreeMap;
+use caravan_types::{Generation, SliceId, SliceSet, SliceSum, Step, WorkerId};
+use std::collections::{BTreeMap, BTreeSet};
 
 impl Core {
     pub(crate) fn saved(
@@ -27,14 +27,53 @@ impl Core {
         }
         match part {
             Ok(part) => {
-                if let Some(parts) = self.saves.add(generation, step, part, self.table.len()) {
-                    out.push(Output::Complete { generation, step, parts });
-                }
+                self.open_checkpoint(generation, step);
+                self.saves.add(generation, step, part);
+                self.complete(now, generation, step, out);
             }
             Err(reason) => {
                 self.saves.give_up(generation, step);
                 self.completed(now, generation, step, Err(reason), out);
             }
+        }
+    }
+
+    /// An owner says what it has of what is written.
+    pub(crate) fn vouched(
+        &mut self,
+        now: Millis,
+        worker: WorkerId,
+        generation: Generation,
+        step: Step,
+        sums: Vec<(SliceId, SliceSum)>,
+        out: &mut Vec<Output>,
+    ) {
+        if Some(step) > self.checkpoint {
+            self.open_checkpoint(generation, step);
+            self.saves.vouch(generation, step, worker, sums);
+            self.complete(now, generation, step, out);
+        }
+    }
+
+    /// Who has to vouch is known while the plan is in force. What a run that stops writes, its
+    /// owners have vouched for in their reports.
+    fn open_checkpoint(&mut self, generation: Generation, step: Step) {
+        match &self.plan {
+            Some(plan) if plan.generation == generation => {
+                let owners = plan.owners.iter().flatten().copied().collect();
+                self.saves.open(generation, step, owners);
+            }
+            _ if generation == self.generation && self.saving == Some(step) => {
+                self.saves.open(generation, step, BTreeSet::new());
+            }
+            _ => {}
+        }
+    }
+
+    fn complete(&mut self, now: Millis, generation: Generation, step: Step, out: &mut Vec<Output>) {
+        let Some((parts, vouched)) = self.saves.take(generation, step, self.table.len()) else { return };
+        if self.vouched_alike(now, generation, step, &vouched, out) {
+            out.push(Output::Complete { generation, step, parts });
         }
     }
 
@@ -126,8 +165,18 @@ impl Core {
 
     /// Lets a worker go that asked to.
     pub(crate) fn dismiss(&mut self, worker: WorkerId, out: &mut Vec<Output>) {
-        out.push(Output::Send { worker, message: ToWorker::Goodbye(Farewell::Left) });
-        out.push(Output::Note(Event::Lost { worker, reason: LossReason::Left }));
+        self.dismiss_as(worker, LossReason::Left, Farewell::Left, out);
+    }
+
+    pub(crate) fn dismiss_as(
+        &mut self,
+        worker: WorkerId,
+        reason: LossReason,
+        farewell: Farewell,
+        out: &mut Vec<Output>,
+    ) {
+        out.push(Output::Send { worker, message: ToWorker::Goodbye(farewell) });
+        out.push(Output::Note(Event::Lost { worker, reason }));
         self.members.remove(worker);
     }
 

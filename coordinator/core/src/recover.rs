@@ -50,7 +50,10 @@ impl Core {
             for worker in told.iter().map(|m| m.worker) {
                 out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
             }
-            self.consider(now, out);
+            match self.disputes.early.take() {
+                Some((worker, generation, disputes)) => self.diverged(now, worker, generation, disputes, out),
+                None => self.consider(now, out),
+            }
         } else if self.members.is_empty() {
             self.empty(out);
         } else {

@@ -91,6 +91,7 @@ mod tests {
             state: set(state),
             weights: set(&[0, 1]),
             prepared: prepared.map(set),
+            sums: Vec::new(),
         }
     }
 

@@ -1,42 +1,79 @@
-//! Checkpoints being written: parts come in, a manifest is due once they cover the model.
+//! Checkpoints being written: parts come in, and what each owner has of what is written. A
+//! manifest is due once the parts cover the model and all owners have vouched.
 
 use caravan_types::task::SavedPart;
-use caravan_types::{Generation, SliceSet, Step};
-use std::collections::BTreeMap;
+use caravan_types::{Generation, SliceId, SliceSet, SliceSum, Step, WorkerId};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// At most this many checkpoints are collected at once. Parts of a step come within moments of
 /// each other; what is older lost a writer and can never be complete.
 const MOST: usize = 4;
 
-/// Parts by who asked for them and for which step. Parts of different generations are never
-/// mixed, since two generations may have dealt the slices differently.
+/// What each owner says it has.
+pub(crate) type Vouched = BTreeMap<WorkerId, Vec<(SliceId, SliceSum)>>;
+
+/// One checkpoint.
+#[derive(Clone, Debug, Default)]
+struct Open {
+    parts: Vec<SavedPart>,
+    vouched: Vouched,
+    /// Who has to vouch.
+    owners: BTreeSet<WorkerId>,
+}
+
+/// Checkpoints by who asked for them and for which step. Parts of different generations are
+/// never mixed, since two generations may have dealt the slices differently.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Saves {
-    open: BTreeMap<(Generation, Step), Vec<SavedPart>>,
+    open: BTreeMap<(Generation, Step), Open>,
 }
 
 impl Saves {
-    /// Adds a part; all parts, once they hold each of the `slices` slices exactly once.
-    pub(crate) fn add(
-        &mut self,
-        generation: Generation,
-        step: Step,
-        part: SavedPart,
-        slices: usize,
-    ) -> Option<Vec<SavedPart>> {
-        let parts = self.open.entry((generation, step)).or_default();
-        if !parts.iter().any(|p| p.file == part.file) {
-            parts.push(part);
-        }
-        let named = || parts.iter().flat_map(|p| p.slices.iter().map(|(id, _)| *id));
-        let covered: SliceSet = named().collect();
-        if covered.len() == slices && named().count() == slices {
-            return self.open.remove(&(generation, step));
-        }
+    /// Opens a checkpoint, if it is not open: these have to vouch for it.
+    pub(crate) fn open(&mut self, generation: Generation, step: Step, owners: BTreeSet<WorkerId>) {
+        self.open.entry((generation, step)).or_insert_with(|| Open { owners, ..Open::default() });
         while self.open.len() > MOST {
             self.open.pop_first();
         }
-        None
+    }
+
+    /// Adds a part, where the checkpoint is open.
+    pub(crate) fn add(&mut self, generation: Generation, step: Step, part: SavedPart) {
+        let Some(open) = self.open.get_mut(&(generation, step)) else { return };
+        if !open.parts.iter().any(|p| p.file == part.file) {
+            open.parts.push(part);
+        }
+    }
+
+    /// An owner says what it has, where the checkpoint is open.
+    pub(crate) fn vouch(
+        &mut self,
+        generation: Generation,
+        step: Step,
+        worker: WorkerId,
+        sums: Vec<(SliceId, SliceSum)>,
+    ) {
+        if let Some(open) = self.open.get_mut(&(generation, step)) {
+            open.vouched.insert(worker, sums);
+        }
+    }
+
+    /// What is complete: the parts, which hold each of the `slices` slices exactly once, and what
+    /// was vouched.
+    pub(crate) fn take(
+        &mut self,
+        generation: Generation,
+        step: Step,
+        slices: usize,
+    ) -> Option<(Vec<SavedPart>, Vouched)> {
+        let Open { parts, vouched, owners } = self.open.get(&(generation, step))?;
+        let named = || parts.iter().flat_map(|p| p.slices.iter().map(|(id, _)| *id));
+        let covered: SliceSet = named().collect();
+        let whole = covered.len() == slices && named().count() == slices;
+        if !whole || !owners.iter().all(|owner| vouched.contains_key(owner)) {
+            return None;
+        }
+        self.open.remove(&(generation, step)).map(|open| (open.parts, open.vouched))
     }
 
     /// A part could not be written: the checkpoint will not be.
@@ -48,7 +85,7 @@ impl Saves {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use caravan_types::{Digest, SliceId};
+    use caravan_types::Digest;
 
     fn part(file: &str, slices: &[u32]) -> SavedPart {
         let slices = slices.iter().map(|s| (SliceId(*s), Digest::default())).collect();
@@ -58,16 +95,32 @@ mod tests {
     #[test]
     fn parts_of_two_generations_never_make_one_checkpoint() {
         let mut saves = Saves::default();
-        assert_eq!(saves.add(Generation(1), Step(5), part("a", &[0]), 2), None);
-        assert_eq!(saves.add(Generation(2), Step(5), part("b", &[1]), 2), None);
-        assert!(saves.add(Generation(2), Step(5), part("c", &[0]), 2).is_some());
+        for (generation, file, slice) in [(1, "a", 0), (2, "b", 1)] {
+            saves.open(Generation(generation), Step(5), BTreeSet::new());
+            saves.add(Generation(generation), Step(5), part(file, &[slice]));
+            assert_eq!(saves.take(Generation(generation), Step(5), 2), None);
+        }
+        saves.add(Generation(2), Step(5), part("c", &[0]));
+        assert!(saves.take(Generation(2), Step(5), 2).is_some());
+    }
+
+    #[test]
+    fn what_an_owner_has_not_vouched_for_is_not_complete() {
+        let (mut saves, [a, b]) = (Saves::default(), [1, 2].map(WorkerId));
+        saves.open(Generation(1), Step(5), [a, b].into());
+        saves.add(Generation(1), Step(5), part("a", &[0]));
+        saves.vouch(Generation(1), Step(5), a, Vec::new());
+        assert_eq!(saves.take(Generation(1), Step(5), 1), None);
+        saves.vouch(Generation(1), Step(5), b, Vec::new());
+        assert!(saves.take(Generation(1), Step(5), 1).is_some());
     }
 
     #[test]
     fn what_can_never_be_complete_is_forgotten() {
         let mut saves = Saves::default();
         for step in 0..100 {
-            saves.add(Generation(1), Step(step), part("a", &[0]), 2);
+            saves.open(Generation(1), Step(step), BTreeSet::new());
+            saves.add(Generation(1), Step(step), part("a", &[0]));
         }
         assert!(saves.open.len() <= MOST);
     }

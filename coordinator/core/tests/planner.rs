@@ -85,16 +85,16 @@ fn ten_thousand_workers_are_planned_for_and_a_death_moves_little() {
     for mixed in [false, true] {
         let mut candidates = workers(mixed);
         let clock = Instant::now();
-        let first = plan(&demand, &table, Generation(1), start, &candidates, &[]).unwrap();
+        let first = plan(&demand, &table, Generation(1), start, &candidates, &[], &[]).unwrap();
         assert!(clock.elapsed() < PATIENCE, "{:?}", clock.elapsed());
         is_whole(&demand, &table, &first);
         heal(&table, &first, &mut candidates);
-        let again = plan(&demand, &table, Generation(2), start, &candidates, &first.pipelines).unwrap();
+        let again = plan(&demand, &table, Generation(2), start, &candidates, &first.pipelines, &[]).unwrap();
         assert_eq!(again.transfers, []);
         let dead = first.pipelines[7].stages[1].worker;
         candidates.remove(dead.0 as usize);
         let clock = Instant::now();
-        let second = plan(&demand, &table, Generation(2), start, &candidates, &first.pipelines).unwrap();
+        let second = plan(&demand, &table, Generation(2), start, &candidates, &first.pipelines, &[]).unwrap();
         assert!(clock.elapsed() < PATIENCE, "{:?}", clock.elapsed());
         is_whole(&demand, &table, &second);
         let moved = |part| {

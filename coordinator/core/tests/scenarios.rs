@@ -10,8 +10,8 @@ use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VE
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Stragglers, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::{
-    BatchShape, Digest, Generation, Member, MicroId, ModelShape, Plan, SliceId, SliceSet, Source, Step,
-    Timing, WorkerId,
+    BatchShape, Checksum, Digest, Dispute, Generation, Member, MicroId, ModelShape, Opinion, Plan, SliceId,
+    SliceSet, SliceSum, Source, Step, Subject, Timing, WorkerId,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -91,6 +91,41 @@ impl<'a> Words<'a> {
         Some(ranges.collect::<Vec<_>>().into())
     }
 
+    /// `sums=0:5,2:6` is what a worker has of slices 0 and 2.
+    fn sums(&self) -> Vec<(SliceId, SliceSum)> {
+        self.pairs("sums").map(|(slice, value)| (SliceId(slice as u32), sum(value))).collect()
+    }
+
+    /// `slice=3 about=state at=4 said=w1:5,w2:6`
+    fn dispute(&self) -> Dispute {
+        let subject = match self.named.get("about") {
+            Some(&"state") => Subject::State,
+            _ => Subject::Gradient,
+        };
+        // The same number stands for the same state here and in `sums`.
+        let opinion = |value| match subject {
+            Subject::State => Opinion::of_state(sum(value)),
+            Subject::Gradient => Opinion(value),
+        };
+        let said = self.pairs("said").map(|(worker, value)| (WorkerId(worker), opinion(value)));
+        let (slice, step) = (SliceId(self.number("slice", 0) as u32), Step(self.number("at", 0)));
+        Dispute { slice, step, subject, said: said.collect() }
+    }
+
+    fn pairs(&self, name: &str) -> impl Iterator<Item = (u64, u64)> {
+        let pair = |pair: &str| {
+            let (of, value) = pair.split_once(':').unwrap();
+            (of.trim_start_matches('w').parse().unwrap(), value.parse().unwrap())
+        };
+        self.named
+            .get(name)
+            .into_iter()
+            .flat_map(|list| list.split(','))
+            .map(pair)
+            .collect::<Vec<_>>()
+            .into_iter()
+    }
+
     /// The number in a word such as `w3`.
     fn id(&self, at: usize) -> u64 {
         self.first[at]
@@ -168,6 +203,10 @@ impl Stage {
     }
 }
 
+fn sum(value: u64) -> SliceSum {
+    SliceSum { weights: Checksum(value as u32), moments: Some(Checksum(0)) }
+}
+
 fn hello(words: &Words<'_>) -> Hello {
     Hello {
         protocol: words.number("protocol", PROTOCOL_VERSION.into()) as u32,
@@ -198,6 +237,7 @@ fn restored_plan(words: &Words<'_>, list: &str) -> Plan {
         owners: Vec::new(),
         transfers: Vec::new(),
         idle: Vec::new(),
+        disputes: Vec::new(),
     }
 }
 
@@ -225,7 +265,10 @@ fn message(words: &Words<'_>) -> FromWorker {
         },
         "leaves" => FromWorker::Leaving,
         "lost" => FromWorker::PeerLost { generation, peer: WorkerId(words.id(2)) },
-        "diverged" => FromWorker::Diverged { generation, step, slice: SliceId(0) },
+        "diverged" => FromWorker::Diverged { generation, step, disputes: vec![words.dispute()] },
+        "settles" => FromWorker::Settled { generation, disputes: vec![words.dispute()] },
+        "corrupt" => FromWorker::Corrupt { what: "a bit has flipped".into() },
+        "vouches" => FromWorker::Vouched { generation, step, sums: words.sums() },
         "commits" => FromWorker::Committed(committed(generation, step)),
         "reports" => FromWorker::Report(Report {
             generation,
@@ -234,6 +277,7 @@ fn message(words: &Words<'_>) -> FromWorker {
             state: words.slices("state").unwrap_or_default(),
             weights: words.slices("weights").or(words.slices("state")).unwrap_or_default(),
             prepared: words.slices("prepared"),
+            sums: words.sums(),
         }),
         "saves" => {
             let slices = words.slices("slices").unwrap_or_default();
@@ -307,6 +351,9 @@ fn plan_lines(plan: &Plan) -> String {
             Source::Init => "the seed".into(),
         };
         lines.push(format!("{} gets {:?} of {} from {from}", t.to, t.part, set(&t.slices)));
+    }
+    for d in &plan.disputes {
+        lines.push(format!("{} of {} at step {} is in dispute", d.subject, d.slice, d.step));
     }
     lines.extend(plan.idle.iter().map(|(worker, reason)| format!("{worker} is idle: {reason}")));
     lines.iter().map(|l| format!(">     {l}")).collect::<Vec<_>>().join("\n")

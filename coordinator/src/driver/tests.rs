@@ -148,7 +148,7 @@ fn report_at(generation: Generation, applied: Step) -> FromWorker {
     let all: SliceSet = table.iter().map(|(id, _)| id).filter(|_| applied > Step(0)).collect();
     let norm = (applied > Step(0)).then_some(1.0);
     let (state, weights) = (all.clone(), all);
-    FromWorker::Report(Report { generation, applied, norm, state, weights, prepared: None })
+    FromWorker::Report(Report { generation, applied, norm, state, weights, prepared: None, sums: vec![] })
 }
 
 fn report(generation: Generation) -> FromWorker {

@@ -7,6 +7,7 @@
 
 pub mod batch;
 pub mod cost;
+pub mod dispute;
 pub mod exact;
 pub mod ids;
 pub mod lanes;
@@ -23,6 +24,7 @@ pub mod task;
 pub mod timing;
 
 pub use batch::{BatchShape, MicroBatch, MicroId};
+pub use dispute::{Checksum, Dispute, Opinion, SliceSum, Subject};
 pub use ids::{Digest, Generation, SliceId, Step, UnitId, WorkerId};
 pub use lanes::{Lane, Node};
 pub use model::{ModelShape, Parameter};

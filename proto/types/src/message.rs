@@ -2,13 +2,13 @@
 
 use crate::progress::{EngineProgress, Wait};
 use crate::task::SavedPart;
-use crate::{Generation, Plan, RunSpec, SliceId, SliceSet, Step, Timing, WorkerId};
+use crate::{Dispute, Generation, Plan, RunSpec, SliceId, SliceSet, SliceSum, Step, Timing, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
 /// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.
@@ -139,14 +139,37 @@ pub enum FromWorker {
         /// The member at the other end.
         peer: WorkerId,
     },
-    /// Two owners of a slice had different gradients.
+    /// Owners of a slice differ: the step that was voted on is not committed.
     Diverged {
+        /// The generation.
+        generation: Generation,
+        /// The step that was voted on.
+        step: Step,
+        /// What they differ about, and who says what: everything, in the order of slices.
+        disputes: Vec<Dispute>,
+    },
+    /// What earlier owners differed about was computed again, as the plan's disputes say: now
+    /// all owners say the same.
+    Settled {
+        /// The generation.
+        generation: Generation,
+        /// The plan's disputes that are settled, with what is said now by all.
+        disputes: Vec<Dispute>,
+    },
+    /// Something in this worker's memory is not what it put there: it ends.
+    Corrupt {
+        /// What is not.
+        what: String,
+    },
+    /// What this worker, as an owner, has of its slices at a step that a checkpoint is written
+    /// of: it is complete only where all owners have the same.
+    Vouched {
         /// The generation.
         generation: Generation,
         /// The step.
         step: Step,
-        /// The slice.
-        slice: SliceId,
+        /// Each slice that it owns.
+        sums: Vec<(SliceId, SliceSum)>,
     },
     /// A part of a checkpoint was written, or why not.
     Saved {
@@ -177,6 +200,8 @@ pub struct Report {
     pub weights: SliceSet,
     /// Where it is prepared for `applied + 1`: the slices whose final gradients it has.
     pub prepared: Option<SliceSet>,
+    /// What it has of the slices in `state`, as far as it has looked.
+    pub sums: Vec<(SliceId, SliceSum)>,
 }
 
 /// A committed step, as a member saw it.
@@ -271,6 +296,8 @@ pub enum Farewell {
     Fenced,
     /// The run cannot go on.
     Failed,
+    /// The worker had other bits than the others; they went on without it. It may start again.
+    Corrupt,
 }
 
 impl fmt::Display for Farewell {
@@ -281,6 +308,10 @@ impl fmt::Display for Farewell {
             Self::Left => "this worker asked to leave",
             Self::Fenced => "the others went on without this worker",
             Self::Failed => "the run cannot go on",
+            Self::Corrupt => {
+                "this worker computed or kept other bits than the others, who went on without it: its memory or one \
+                 of its cores may be broken"
+            }
         })
     }
 }

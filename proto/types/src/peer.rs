@@ -1,6 +1,6 @@
 //! What workers of one generation say to each other over the fabric.
 
-use crate::{Generation, Lane, MicroId, Node, SliceId, Step};
+use crate::{Checksum, Generation, Lane, MicroId, Node, Opinion, SliceId, SliceSum, Step};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -108,13 +108,28 @@ pub struct LaneResult {
     pub tokens: u64,
 }
 
+/// What a member that owns a slice has of it, before a step is applied.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SliceVote {
+    /// The slice.
+    pub slice: SliceId,
+    /// The squared norm of each block's final gradient.
+    pub norms: Vec<f64>,
+    /// Of the final gradient.
+    pub gradient: Checksum,
+    /// Of the training state, which the step before has left.
+    pub state: SliceSum,
+}
+
 /// A member's vote for a step, and its part of the global norm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Prepared {
     /// The step.
     pub step: Step,
-    /// For each slice that the sender owns, the squared norm of each block's gradient.
-    pub norms: Vec<(SliceId, Vec<f64>)>,
+    /// For each slice that the sender owns, what it has of it.
+    pub slices: Vec<SliceVote>,
+    /// Of the weights that the sender has computed with, slice by slice.
+    pub weights: Opinion,
     /// What came of each lane whose last stage the sender is, in the lanes' order.
     pub lanes: Vec<LaneResult>,
     /// The generation for which the coordinator wants everyone to stop after this step.

@@ -1,6 +1,6 @@
 //! Plans: immutable, fully specific assignments. An executor has no choices left.
 
-use crate::{Generation, Lane, SliceId, SliceSet, Step, WorkerId};
+use crate::{Dispute, Generation, Lane, SliceId, SliceSet, Step, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::{fmt, ops::Range};
 
@@ -26,6 +26,8 @@ pub struct Plan {
     pub transfers: Vec<Transfer>,
     /// Members without lanes, and why.
     pub idle: Vec<(WorkerId, IdleReason)>,
+    /// What owners differed about before: it is computed again, and they look at who was right.
+    pub disputes: Vec<Dispute>,
 }
 
 /// A worker as the others reach it.

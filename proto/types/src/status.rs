@@ -2,7 +2,7 @@
 
 use crate::message::{Activity, Refusal};
 use crate::progress::{Doing, Wait};
-use crate::{Generation, Step, WorkerId};
+use crate::{Generation, SliceId, Step, Subject, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -150,12 +150,23 @@ pub enum Event {
         /// What is wrong with it.
         reason: String,
     },
-    /// Owners of one slice had different gradients; the step is done again.
+    /// Owners of one slice differ, and no majority says who is right: it is computed again.
     Diverged {
-        /// The step.
+        /// The slice.
+        slice: SliceId,
+        /// The step that the gradient is for, or that the training state is at.
         step: Step,
-        /// The worker that noticed.
+        /// What they differ about.
+        subject: Subject,
+        /// Who differs.
+        owners: Vec<WorkerId>,
+    },
+    /// A worker had other bits than it must have.
+    Corrupt {
+        /// The worker.
         worker: WorkerId,
+        /// What, and how that is known.
+        what: String,
     },
     /// The run was asked to stop.
     Draining,
@@ -199,6 +210,8 @@ pub enum LossReason {
     Hung,
     /// It was alive, and connections between it and other members broke again and again.
     Unreachable,
+    /// It computed or kept other bits than it must.
+    Corrupt,
 }
 
 impl fmt::Display for LossReason {
@@ -211,6 +224,7 @@ impl fmt::Display for LossReason {
             Self::Hung => "it made no progress for longer than the failure budget",
             Self::Unreachable => "connections between it and other workers broke, though all of them live",
             Self::NotBack => "it did not come back to the restarted coordinator",
+            Self::Corrupt => "it had wrong bits",
         })
     }
 }
@@ -250,7 +264,7 @@ impl fmt::Display for Event {
                 if *moved > 0 { write!(f, ", {moved} slices move") } else { Ok(()) }
             }
             Self::RolledBack { from, to } => {
-                write!(f, "some slices have no living owner: the run goes back from step {from} to step {to}")
+                write!(f, "some slices have no owner left: the run goes back from step {from} to step {to}")
             }
             Self::CheckpointWritten { step } => write!(f, "checkpoint of step {step} written"),
             Self::CheckpointFailed { step, reason } => {
@@ -259,12 +273,16 @@ impl fmt::Display for Event {
             Self::CheckpointRefused { name, reason } => {
                 write!(f, "checkpoint {name} is damaged and was passed over: {reason}")
             }
-            Self::Diverged { step, worker } => {
+            Self::Diverged { slice, step, subject, owners } => {
+                let owners: Vec<String> = owners.iter().map(ToString::to_string).collect();
                 write!(
                     f,
-                    "{worker} found owners of one slice with different gradients at step {step}; it is done again"
+                    "the owners of {slice} ({}) have different bits in its {subject} of step {step}: it is computed \
+                     again to see who is wrong",
+                    owners.join(", ")
                 )
             }
+            Self::Corrupt { worker, what } => write!(f, "{worker} is corrupt: {what}"),
             Self::Draining => f.write_str("asked to stop: a checkpoint is written after this step"),
             Self::Drained { step } => {
                 write!(f, "stopped at step {step}; the same command goes on from there")

@@ -4,7 +4,7 @@
 //! knows lanes and tree nodes, but no ranks, peers or plans.
 
 use crate::peer::{Key, LaneResult};
-use crate::{Digest, Generation, MicroId, Part, SliceId, SliceSet, Step};
+use crate::{Checksum, Digest, Generation, MicroId, Part, SliceId, SliceSet, SliceSum, Step};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -52,7 +52,20 @@ pub enum Task {
         /// The slice.
         slice: SliceId,
     },
-    /// Apply `step` to these slices with their final gradients, and set their weights.
+    /// Check that the weights of these slices, which are at `step`, are what was put there, and
+    /// the training state of those that have it. Ends with [`Done::Verified`]. Not given up by
+    /// a fence.
+    Verify {
+        /// The generation that it is for.
+        generation: Generation,
+        /// The step that they are at.
+        step: Step,
+        /// The slices.
+        slices: SliceSet,
+    },
+    /// Apply `step` to these slices with their final gradients, and set their weights. Checks
+    /// first that gradients and training state are what was voted on. Ends with
+    /// [`Done::Applied`].
     Apply {
         /// The step.
         step: Step,
@@ -121,6 +134,24 @@ pub enum Done {
         slice: SliceId,
         /// Squared gradient norm of each block.
         norms: Vec<f64>,
+        /// Of the final gradient.
+        gradient: Checksum,
+    },
+    /// A [`Task::Apply`].
+    Applied {
+        /// The step.
+        step: Step,
+        /// What is here of each slice now.
+        sums: Vec<(SliceId, SliceSum)>,
+    },
+    /// A [`Task::Verify`].
+    Verified {
+        /// The generation that it was for.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// What is here of each slice.
+        sums: Vec<(SliceId, SliceSum)>,
     },
     /// A [`Task::Load`].
     Loaded {

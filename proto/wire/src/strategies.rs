@@ -4,7 +4,7 @@ use crate::limits::{MAX_COUNT, MAX_LANES, MAX_SLICES, MAX_UNITS};
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, SPEEDS, ToWorker, Welcome,
 };
-use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared};
+use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared, SliceVote};
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::status::{Event, LoggedEvent, LossReason, Phase, Snapshot, StepMetrics, WorkerStatus};
@@ -144,16 +144,43 @@ pub(crate) fn refusal() -> impl Strategy<Value = Refusal> {
 
 fn report() -> impl Strategy<Value = Report> {
     let sets = (set(MAX_SLICES), set(300), option::of(set(300)));
-    (generation(), step(), option::of(real()), sets).prop_map(
-        |(generation, applied, norm, (state, weights, prepared))| Report {
+    (generation(), step(), option::of(real()), sets, sums()).prop_map(
+        |(generation, applied, norm, (state, weights, prepared), sums)| Report {
             generation,
             applied,
             norm,
             state,
             weights,
             prepared,
+            sums,
         },
     )
+}
+
+fn slice_sum() -> impl Strategy<Value = SliceSum> {
+    (any::<u32>(), option::of(any::<u32>())).prop_map(|(weights, moments)| SliceSum {
+        weights: Checksum(weights),
+        moments: moments.map(Checksum),
+    })
+}
+
+fn sums() -> impl Strategy<Value = Vec<(SliceId, SliceSum)>> {
+    vec((slice(), slice_sum()), 0..4)
+}
+
+fn subject() -> impl Strategy<Value = Subject> {
+    prop_oneof![Just(Subject::Gradient), Just(Subject::State)]
+}
+
+fn disputes() -> impl Strategy<Value = Vec<Dispute>> {
+    let said = vec((worker(), any::<u64>().prop_map(Opinion)), 0..4);
+    let dispute = (slice(), step(), subject(), said).prop_map(|(slice, step, subject, said)| Dispute {
+        slice,
+        step,
+        subject,
+        said,
+    });
+    vec(dispute, 0..3)
 }
 
 fn saved_part() -> impl Strategy<Value = SavedPart> {
@@ -176,10 +203,18 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
             }
         ),
         (generation(), worker()).prop_map(|(generation, peer)| FromWorker::PeerLost { generation, peer }),
-        (generation(), step(), slice()).prop_map(|(generation, step, slice)| FromWorker::Diverged {
+        (generation(), step(), disputes()).prop_map(|(generation, step, disputes)| FromWorker::Diverged {
             generation,
             step,
-            slice
+            disputes
+        }),
+        (generation(), disputes())
+            .prop_map(|(generation, disputes)| FromWorker::Settled { generation, disputes }),
+        text().prop_map(|what| FromWorker::Corrupt { what }),
+        (generation(), step(), sums()).prop_map(|(generation, step, sums)| FromWorker::Vouched {
+            generation,
+            step,
+            sums
         }),
         (generation(), step(), saved_part().prop_map(Ok).boxed().prop_union(text().prop_map(Err).boxed()))
             .prop_map(|(generation, step, part)| FromWorker::Saved { generation, step, part }),
@@ -212,9 +247,11 @@ pub(crate) fn plan() -> impl Strategy<Value = Plan> {
     let idle = vec((worker(), prop::sample::select(reasons)), 0..3);
     (generation(), step(), option::of(real()), members, vec(pipeline(), 0..3), owners, idle).prop_flat_map(
         |(generation, base, norm, members, pipelines, owners, idle)| {
-            let plan = Plan { generation, base, norm, members, pipelines, owners, transfers: vec![], idle };
-            vec(transfer(plan.owners.len() as u32), 0..4)
-                .prop_map(move |transfers| Plan { transfers, ..plan.clone() })
+            let (transfers, none) = (vec![], vec![]);
+            let plan =
+                Plan { generation, base, norm, members, pipelines, owners, transfers, idle, disputes: none };
+            (vec(transfer(plan.owners.len() as u32), 0..4), disputes())
+                .prop_map(move |(transfers, disputes)| Plan { transfers, disputes, ..plan.clone() })
         },
     )
 }
@@ -230,7 +267,8 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
             step,
             slices
         }),
-        prop::sample::select(vec![Finished, Drained, Left, Fenced, Failed]).prop_map(ToWorker::Goodbye),
+        prop::sample::select(vec![Finished, Drained, Left, Fenced, Failed, Corrupt])
+            .prop_map(ToWorker::Goodbye),
     ]
 }
 
@@ -293,8 +331,16 @@ pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
 
 fn event() -> impl Strategy<Value = Event> {
     use LossReason::*;
-    let reason =
-        prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung, Unreachable]);
+    let reason = prop::sample::select(vec![
+        SessionClosed,
+        Silent,
+        Left,
+        Misbehaved,
+        NotBack,
+        Hung,
+        Unreachable,
+        Corrupt,
+    ]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
         (worker(), text()).prop_map(|(worker, name)| Event::Reattached { worker, name }),
@@ -322,7 +368,9 @@ fn event() -> impl Strategy<Value = Event> {
         step().prop_map(|step| Event::CheckpointWritten { step }),
         (step(), text()).prop_map(|(step, reason)| Event::CheckpointFailed { step, reason }),
         (text(), text()).prop_map(|(name, reason)| Event::CheckpointRefused { name, reason }),
-        (step(), worker()).prop_map(|(step, worker)| Event::Diverged { step, worker }),
+        (slice(), step(), subject(), vec(worker(), 0..4))
+            .prop_map(|(slice, step, subject, owners)| { Event::Diverged { slice, step, subject, owners } }),
+        (worker(), text()).prop_map(|(worker, what)| Event::Corrupt { worker, what }),
         Just(Event::Draining),
         step().prop_map(|step| Event::Drained { step }),
         step().prop_map(|step| Event::Finished { step }),
@@ -361,15 +409,15 @@ fn micro() -> impl Strategy<Value = MicroId> {
 }
 
 fn prepared() -> impl Strategy<Value = Prepared> {
-    let norms = vec((slice(), vec(real(), 0..6)), 0..5);
+    let vote = (slice(), vec(real(), 0..6), any::<u32>(), slice_sum()).prop_map(
+        |(slice, norms, gradient, state)| SliceVote { slice, norms, gradient: Checksum(gradient), state },
+    );
+    let slices = (vec(vote, 0..5), any::<u64>().prop_map(Opinion));
     let lane = (0..MAX_LANES, real(), counter());
     let lanes = vec(lane.prop_map(|(lane, loss, tokens)| LaneResult { lane, loss, tokens }), 0..5);
-    (step(), norms, lanes, option::of(generation())).prop_map(|(step, norms, lanes, stop_for)| Prepared {
-        step,
-        norms,
-        lanes,
-        stop_for,
-    })
+    (step(), slices, lanes, option::of(generation())).prop_map(
+        |(step, (slices, weights), lanes, stop_for)| Prepared { step, slices, weights, lanes, stop_for },
+    )
 }
 
 pub(crate) fn peer_message() -> impl Strategy<Value = PeerMessage> {

@@ -20,6 +20,8 @@ pub(super) struct Checks<'a> {
     history: Vec<Step>,
     /// Workers that the coordinator has lost.
     gone: BTreeSet<WorkerId>,
+    /// Owners of some slice have different training state, and nobody knows who is right.
+    doubted: bool,
 }
 
 impl<'a> Checks<'a> {
@@ -109,8 +111,12 @@ impl<'a> Checks<'a> {
         self.gone.insert(worker);
     }
 
+    pub(super) fn doubted(&mut self) {
+        self.doubted = true;
+    }
+
     /// C-2: the run goes back only where some slice has no owner left that the coordinator has
-    /// not lost.
+    /// not lost, or none that can be trusted.
     pub(super) fn rolled_back(
         &mut self,
         from: Step,
@@ -118,6 +124,9 @@ impl<'a> Checks<'a> {
         alive: impl Fn(WorkerId) -> bool,
     ) -> Result<(), String> {
         self.history.retain(|step| *step <= to);
+        if std::mem::take(&mut self.doubted) {
+            return Ok(());
+        }
         let Some(plan) = &self.proven else { return Ok(()) };
         let lives = |w: &WorkerId| alive(*w) && !self.gone.contains(w);
         if plan.owners.iter().all(|owners| owners.iter().any(lives)) {
@@ -126,6 +135,12 @@ impl<'a> Checks<'a> {
             ));
         }
         Ok(())
+    }
+
+    /// Whether a generation's plan gives every slice two owners, and all members live.
+    pub(super) fn is_redundant(&self, generation: Generation, lives: impl Fn(WorkerId) -> bool) -> bool {
+        let Some(plan) = self.plans.get(&generation) else { return false };
+        plan.owners.iter().all(|owners| owners.len() > 1) && plan.members.iter().all(|m| lives(m.worker))
     }
 
     /// The newest step of the committed history.

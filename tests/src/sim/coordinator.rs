@@ -7,9 +7,9 @@ use super::world::{Due, World};
 use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
 use caravan_types::message::{Committed, FromWorker, ToWorker};
 use caravan_types::progress::Stragglers;
-use caravan_types::status::Event;
+use caravan_types::status::{Event, Phase};
 use caravan_types::timing::Timing;
-use caravan_types::{Generation, Plan, Step, WorkerId};
+use caravan_types::{Generation, Plan, Step, Subject, WorkerId};
 
 /// What survives the coordinator.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +39,11 @@ pub(super) struct Leader {
 impl Leader {
     pub(super) fn deadline(&self) -> Option<u64> {
         self.core.next_deadline().map(|at| at + self.origin)
+    }
+
+    /// The generation whose plan is in force, where nothing else is going on.
+    pub(super) fn stepping(&self) -> Option<Generation> {
+        (self.core.phase() == Phase::Running).then(|| self.core.generation())
     }
 
     pub(super) fn situation(&self) -> String {
@@ -294,7 +299,11 @@ impl World<'_> {
 
     fn note(&mut self, event: Event) -> Result<(), String> {
         match &event {
-            Event::Lost { worker, .. } => self.checks.lost(*worker),
+            Event::Lost { worker, .. } => {
+                self.checks.lost(*worker);
+                self.suspects.remove(worker);
+            }
+            Event::Diverged { subject: Subject::State, .. } => self.checks.doubted(),
             Event::RolledBack { from, to } => {
                 let alive: Vec<WorkerId> = self.nodes.values().filter_map(|n| n.worker).collect();
                 self.checks.rolled_back(*from, *to, |w| alive.contains(&w))?;

@@ -1,7 +1,7 @@
 //! A worker's engine in the simulation: the real executor on a tiny model, with made-up data and
 //! checkpoints in memory. One job at a time, in order, as the engine's thread does it.
 
-use caravan_engine::{Batches, Checkpoints, Executor, Watch};
+use caravan_engine::{Batches, Checkpoints, EngineError, Executor, Flaw, Watch};
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, SavedPart, Task};
 use caravan_types::{
@@ -35,8 +35,10 @@ pub(super) enum Ran {
     Nothing,
     Done(Done),
     Send(WorkerId, Generation, Key, Vec<f32>),
-    /// The digest of each slice's training state after the step.
-    Applied(Step, Vec<(SliceId, Digest)>),
+    /// The digest of each slice's training state after the step, and what the core is told.
+    Applied(Step, Vec<(SliceId, Digest)>, Done),
+    /// Memory does not hold what was put there: the real one's process ends.
+    Corrupt(String),
 }
 
 /// Batches that are a function of step, lane and number.
@@ -120,9 +122,39 @@ pub(super) struct Engine {
     executor: Executor<Data, Folder>,
     pub(super) watch: Arc<Watch>,
     jobs: VecDeque<Job>,
+    flaw: Option<Flaw>,
+    /// Whether an update was computed wrong.
+    pub(super) is_wrong: bool,
 }
 
 impl Engine {
+    /// Has something go wrong.
+    pub(super) fn fail(&mut self, flaw: Flaw) {
+        self.executor.fail(flaw);
+        self.flaw = Some(flaw);
+    }
+
+    /// Whether nothing is wrong that nobody has found.
+    pub(super) fn is_sound(&self) -> bool {
+        self.flaw.is_none() && !self.is_wrong
+    }
+
+    /// Whether a task is the one that goes wrong.
+    fn struck(&mut self, task: &Task) {
+        let hit = match self.flaw {
+            Some(Flaw::Sum(_)) => {
+                matches!(task, Task::Reduce { generation, .. } if !self.watch.is_fenced(*generation))
+            }
+            Some(Flaw::Update(_)) => matches!(task, Task::Apply { slices, .. } if !slices.is_empty()),
+            Some(Flaw::Memory(_)) | None => false,
+        };
+        if hit {
+            // A wrong sum is never applied; a wrong update is there until somebody finds it.
+            self.is_wrong = matches!(self.flaw, Some(Flaw::Update(_)));
+            self.flaw = None;
+        }
+    }
+
     /// # Errors
     /// Where the executor refuses the run.
     pub(super) fn new(
@@ -136,7 +168,7 @@ impl Engine {
         let data = Data { spec: spec.clone(), salt };
         let folder = Folder { disk: Rc::clone(disk), writer, late: None, is_late };
         let executor = Executor::new(spec, 1, Arc::clone(&watch), data, folder).map_err(|e| e.to_string())?;
-        Ok(Self { executor, watch, jobs: VecDeque::new() })
+        Ok(Self { executor, watch, jobs: VecDeque::new(), flaw: None, is_wrong: false })
     }
 
     pub(super) fn queue(&mut self, job: Job) {
@@ -154,24 +186,33 @@ impl Engine {
     pub(super) fn run(&mut self) -> Result<Ran, String> {
         let Some(job) = self.jobs.pop_front() else { return Ok(Ran::Nothing) };
         let what = format!("{job:?}");
-        let failed =
-            |e: caravan_engine::EngineError| format!("{}: {e}", what.chars().take(120).collect::<String>());
+        match self.work(job) {
+            Ok(ran) => Ok(ran),
+            Err(error @ EngineError::Corrupt { .. }) => Ok(Ran::Corrupt(error.to_string())),
+            Err(error) => Err(format!("{}: {error}", what.chars().take(120).collect::<String>())),
+        }
+    }
+
+    fn work(&mut self, job: Job) -> Result<Ran, EngineError> {
+        if let Job::Task(task) = &job {
+            self.struck(task);
+        }
         match job {
-            Job::Put(key, payload) => self.executor.put(key, payload).map(|()| Ran::Nothing).map_err(failed),
+            Job::Put(key, payload) => self.executor.put(key, payload).map(|()| Ran::Nothing),
             // What a computation that was given up should have left is not there to be sent.
             Job::Send(_, generation, _) if self.watch.is_fenced(generation) => Ok(Ran::Nothing),
             Job::Send(to, generation, key) => {
-                let payload = self.executor.get(key).map_err(failed)?;
+                let payload = self.executor.get(key)?;
                 Ok(Ran::Send(to, generation, key, payload))
             }
             Job::Task(Task::Apply { step, norm, slices }) => {
                 let ids: Vec<SliceId> = slices.iter().collect();
-                self.executor.run(Task::Apply { step, norm, slices }).map_err(&failed)?;
+                let done = self.executor.run(Task::Apply { step, norm, slices })?;
                 let state = |slice| Ok((slice, digest(&self.executor.get(Key::State { step, slice })?)));
-                let states = ids.into_iter().map(state).collect::<Result<_, _>>().map_err(failed)?;
-                Ok(Ran::Applied(step, states))
+                let states = ids.into_iter().map(state).collect::<Result<_, EngineError>>()?;
+                Ok(done.map_or(Ran::Nothing, |done| Ran::Applied(step, states, done)))
             }
-            Job::Task(task) => Ok(self.executor.run(task).map_err(failed)?.map_or(Ran::Nothing, Ran::Done)),
+            Job::Task(task) => Ok(self.executor.run(task)?.map_or(Ran::Nothing, Ran::Done)),
         }
     }
 

@@ -1,9 +1,12 @@
 //! What goes wrong, and what that breaks.
 
+use super::coordinator::Leader;
 use super::network::{End, Frame, Line};
 use super::options::{DETECT_MS, FOR_EVER_MS, Fault};
-use super::world::{Due, World};
+use super::worker::Node;
+use super::world::{Due, QUIET_MS, World};
 use caravan_coordinator_core::Input as ToCoordinator;
+use caravan_engine::Flaw;
 use caravan_worker_core::Input;
 
 impl World<'_> {
@@ -45,9 +48,33 @@ impl World<'_> {
                     disk.lost.extend(disk.complete.pop_last().map(|(step, _)| step));
                 }
             }
+            (Fault::Corrupt(flaw), Some(victim)) => self.corrupt(victim, flaw),
             (_, None) => {}
         }
         Ok(())
+    }
+
+    /// A bit flips at rest, which its own worker finds; or, where there is somebody to compare
+    /// with, something is computed wrong.
+    fn corrupt(&mut self, victim: u64, flaw: Flaw) {
+        let stepping = self.leader.as_ref().and_then(Leader::stepping);
+        let redundant = stepping.is_some_and(|generation| {
+            let member = |n: &Node| {
+                n.paused.is_none() && n.generation == generation && n.is_stepping() && n.engine.is_sound()
+            };
+            let lives = |worker| self.process_of(worker).is_some();
+            self.checks.is_redundant(generation, lives) && self.nodes.values().all(member)
+        });
+        let Some(node) = self.nodes.get_mut(&victim) else { return };
+        match (flaw, node.worker) {
+            (Flaw::Sum(_) | Flaw::Update(_), Some(_)) if redundant && self.network.is_whole() => {
+                node.engine.fail(flaw);
+                self.quiet_until = self.now + QUIET_MS;
+            }
+            (Flaw::Memory(bit) | Flaw::Sum(bit) | Flaw::Update(bit), _) => {
+                node.engine.fail(Flaw::Memory(bit))
+            }
+        }
     }
 
     fn pause(&mut self, victim: u64, ms: u64) {

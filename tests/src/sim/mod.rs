@@ -24,6 +24,7 @@ pub use options::{Fault, Mutant, Options};
 use caravan_types::Step;
 use caravan_types::message::Farewell;
 use caravan_types::status::Event;
+use std::fmt;
 use world::World;
 
 /// What came of a run.
@@ -43,17 +44,39 @@ pub struct Outcome {
     pub took_ms: u64,
 }
 
+/// An invariant that does not hold.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Broken {
+    /// Which one, how, and when.
+    pub reason: String,
+    /// What the coordinators said until then.
+    pub events: Vec<Event>,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
 /// Runs a cluster to its end and checks every value that anybody applies against `truth`.
 ///
 /// # Errors
 /// What went wrong, with the moment; a run that does not end is one such thing.
-pub fn run(options: &Options, truth: Option<&Truth>) -> Result<(Outcome, Truth), String> {
-    let mut world = World::new(options.clone(), truth)?;
+pub fn run(options: &Options, truth: Option<&Truth>) -> Result<(Outcome, Truth), Broken> {
+    let mut world = World::new(options.clone(), truth).map_err(|reason| Broken { reason, events: vec![] })?;
+    match run_to_end(&mut world) {
+        Ok(()) => Ok((world.outcome, world.checks.seen)),
+        Err(reason) => Err(Broken { reason, events: world.outcome.events }),
+    }
+}
+
+fn run_to_end(world: &mut World<'_>) -> Result<(), String> {
     // A step of four workers takes a few hundred events; a run that needs more than this many for
     // its dozen steps and faults goes round in circles.
     for number in 0..600_000u64 {
         if world.is_over() {
-            return Ok((world.outcome, world.checks.seen));
+            return world.check_end();
         }
         world.step().map_err(|e| format!("event {number}, {} ms: {e}", world.now))?;
         world.check().map_err(|e| format!("event {number}, {} ms: {e}", world.now))?;

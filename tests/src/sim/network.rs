@@ -80,6 +80,10 @@ impl Network {
         self.cut.contains(&(from, to))
     }
 
+    pub(super) fn is_whole(&self) -> bool {
+        self.cut.is_empty()
+    }
+
     pub(super) fn set_cut(&mut self, from: End, to: End, cut: bool) {
         if cut {
             self.cut.insert((from, to));

@@ -1,6 +1,7 @@
 //! A simulated run's size and faults, all from one seed.
 
 use super::random::Random;
+use caravan_engine::Flaw;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::{BatchShape, DataSpec, Digest, ModelShape, NumericsClass, Precision, Recipe, RunSpec};
 use std::fmt;
@@ -93,6 +94,8 @@ pub enum Fault {
     Leave,
     /// The run is asked to stop with a checkpoint.
     Drain,
+    /// A worker's memory or one of its cores fails once, and nothing says so.
+    Corrupt(Flaw),
 }
 
 impl Options {
@@ -175,7 +178,7 @@ impl Options {
 }
 
 fn fault(r: &mut Random) -> Fault {
-    match r.below(16) {
+    match r.below(18) {
         0..=3 => Fault::Kill,
         4 if r.below(4) == 0 => Fault::Pause(FOR_EVER_MS),
         4 => Fault::Pause(r.below(2 * DETECT_MS) + 50),
@@ -194,6 +197,10 @@ fn fault(r: &mut Random) -> Fault {
         11 => Fault::StoreFails,
         12 => Fault::DiskLost,
         13 | 14 => Fault::Join,
+        15 | 16 => {
+            let bit = r.below(1 << 20);
+            Fault::Corrupt([Flaw::Memory(bit), Flaw::Sum(bit), Flaw::Update(bit)][r.below(3) as usize])
+        }
         _ => match r.below(3) {
             0 => Fault::Drain,
             _ => Fault::Leave,

@@ -5,7 +5,7 @@ use super::network::{End, Frame, Line};
 use super::options::{DETECT_MS, Mutant};
 use super::world::{Due, World};
 use caravan_coordinator_core::Session;
-use caravan_types::message::{Farewell, FromWorker, Hello, PROTOCOL_VERSION};
+use caravan_types::message::{Activity, Farewell, FromWorker, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::PeerMessage;
 use caravan_types::timing::Timing;
 use caravan_types::{Generation, Step, WorkerId};
@@ -17,7 +17,7 @@ pub(super) struct Node {
     process: u64,
     pub(super) worker: Option<WorkerId>,
     core: Option<Core>,
-    engine: Engine,
+    pub(super) engine: Engine,
     /// Whether the engine's thread has a job in hand.
     computing: bool,
     /// The session, while it is open.
@@ -51,6 +51,11 @@ impl Node {
     pub(super) fn step(&self) -> Option<(Generation, WorkerId, Step)> {
         let (core, worker) = (self.core.as_ref()?, self.worker?);
         (self.generation > Generation(0)).then(|| (self.generation, worker, core.applied()))
+    }
+
+    /// Whether its core has the plan that it is connected for.
+    pub(super) fn is_stepping(&self) -> bool {
+        self.core.as_ref().is_some_and(|core| core.activity() != Activity::Waiting)
     }
 
     pub(super) fn situation(&self) -> String {
@@ -238,7 +243,7 @@ impl World<'_> {
                 }
                 Output::Task(task) => self.queue(process, Job::Task(task)),
                 Output::Exit(farewell) => {
-                    let again = matches!(farewell, Farewell::Fenced | Farewell::Failed);
+                    let again = matches!(farewell, Farewell::Fenced | Farewell::Failed | Farewell::Corrupt);
                     self.end(process, again.then_some(100));
                     return Ok(());
                 }
@@ -332,7 +337,21 @@ impl World<'_> {
                 self.send_peer(process, to, generation, PeerMessage::Data(key), payload);
                 Ok(())
             }
-            Ok(Ran::Applied(step, states)) => self.checks.applied(who, step, &states),
+            Ok(Ran::Applied(step, states, done)) => {
+                // What it computes wrong is to be found by the others.
+                match self.checks.applied(who, step, &states) {
+                    Err(_) if self.nodes.get(&process).is_some_and(|node| node.engine.is_wrong) => {
+                        self.suspects.insert(who);
+                    }
+                    checked => checked?,
+                }
+                self.work(process, Input::Done(done), None)
+            }
+            Ok(Ran::Corrupt(what)) => {
+                self.tell_up(process, FromWorker::Corrupt { what });
+                self.end(process, Some(100));
+                Ok(())
+            }
             // The disk was lost under a plan that needs it: the process ends, and is started again.
             Err(reason) if reason.contains("no checkpoint") && !self.disk.borrow().lost.is_empty() => {
                 self.end(process, Some(100));

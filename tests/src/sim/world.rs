@@ -18,6 +18,9 @@ use std::rc::Rc;
 /// for what is still noticed, and a second a step.
 const PATIENCE_MS: u64 = 120 * DETECT_MS;
 
+/// How long nothing else goes wrong where a wrong value is to be found: a few dozen steps.
+pub(super) const QUIET_MS: u64 = 3 * DETECT_MS;
+
 /// Something that is due at a time.
 #[derive(Debug)]
 pub(super) enum Due {
@@ -67,6 +70,10 @@ pub(super) struct World<'a> {
     /// How often a coordinator was started.
     pub(super) incarnation: u64,
     last_fault: u64,
+    /// Workers with wrong training state that nobody has found yet.
+    pub(super) suspects: BTreeSet<WorkerId>,
+    /// Until when nothing else goes wrong, so that a wrong value has somebody to be compared with.
+    pub(super) quiet_until: u64,
 }
 
 impl<'a> World<'a> {
@@ -92,6 +99,8 @@ impl<'a> World<'a> {
             checks: Checks::new(truth),
             outcome: Outcome::default(),
             last_fault: options.faults.iter().map(|(at, _)| *at).max().unwrap_or(0),
+            suspects: BTreeSet::new(),
+            quiet_until: 0,
             spec,
             options,
         };
@@ -174,6 +183,11 @@ impl<'a> World<'a> {
         match due {
             Due::Frame(line, frame) => self.deliver(line, frame),
             Due::Engine(process) => self.compute(process),
+            Due::Fault(fault) if self.now < self.quiet_until => {
+                self.last_fault = self.last_fault.max(self.now + QUIET_MS);
+                self.at(QUIET_MS, Due::Fault(fault));
+                Ok(())
+            }
             Due::Fault(fault) => self.strike(fault),
             Due::Start => self.start_worker(),
             Due::Attach(process) => self.attach(process),
@@ -218,6 +232,14 @@ impl<'a> World<'a> {
     /// The invariants that hold after every event.
     pub(super) fn check(&self) -> Result<(), String> {
         one_step_apart(self.nodes.values().filter_map(Node::step))
+    }
+
+    /// What must hold once the run is over: whoever had wrong training state was named.
+    pub(super) fn check_end(&self) -> Result<(), String> {
+        match self.suspects.first() {
+            Some(worker) => Err(format!("S-1: {worker} had wrong training state, and nobody said so")),
+            None => Ok(()),
+        }
     }
 
     /// The process of a worker.

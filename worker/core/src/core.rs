@@ -11,7 +11,10 @@ use caravan_types::peer::{Key, PeerMessage, Prepared};
 use caravan_types::progress::EngineProgress;
 use caravan_types::task::Task;
 use caravan_types::timing::millis;
-use caravan_types::{Generation, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, WorkerId};
+use caravan_types::{
+    Generation, Part, Plan, SliceId, SliceSet, SliceSum, SliceTable, Source, Step, WorkerId,
+};
+use std::collections::BTreeMap;
 
 /// The worker's decisions. See the crate's head for the driver's duties.
 #[derive(Clone, Debug)]
@@ -29,6 +32,8 @@ pub struct Core {
     pub(crate) state: SliceSet,
     /// Slices whose weights are here, at `applied`.
     pub(crate) weights: SliceSet,
+    /// What the engine found of slices when it last looked, at `applied`.
+    pub(crate) sums: BTreeMap<SliceId, SliceSum>,
     /// Owned slices whose final gradients for the next step are here, after a vote.
     pub(crate) prepared: Option<SliceSet>,
     pub(crate) heal: Heal,
@@ -40,6 +45,8 @@ pub struct Core {
     pub(crate) stopping: Option<Generation>,
     /// Whether the last checkpoint was ordered in this generation.
     pub(crate) finished: bool,
+    /// The step at which the engine was asked to look at what it has, before a stop or the end.
+    pub(crate) looking: Option<Step>,
     pub(crate) since: Millis,
     beat: Millis,
     pub(crate) memory: Memory,
@@ -61,6 +68,7 @@ impl Core {
             norm: None,
             state: SliceSet::default(),
             weights: SliceSet::default(),
+            sums: BTreeMap::new(),
             prepared: None,
             heal: Heal::default(),
             round: Round::default(),
@@ -68,6 +76,7 @@ impl Core {
             wanted: None,
             stopping: None,
             finished: false,
+            looking: None,
             since: now,
             beat: now,
             memory: Memory::default(),
@@ -203,6 +212,12 @@ impl Core {
             state: self.state.clone(),
             weights: self.weights.clone(),
             prepared: self.prepared.clone(),
+            sums: self
+                .sums
+                .iter()
+                .filter(|(id, _)| self.state.contains(**id))
+                .map(|(id, s)| (*id, *s))
+                .collect(),
         }
     }
 
@@ -230,6 +245,8 @@ impl Core {
             out.push(Output::Task(Task::Drop(stale)));
         }
         self.memory.start();
+        self.sums.clear();
+        self.looking = None;
         self.heal = Heal::new(&place);
         self.round = Round::default();
         self.inbox = Inbox::default();

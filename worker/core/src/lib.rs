@@ -14,14 +14,17 @@
 //!
 //! Reading order: [`Core`] is a member's life across generations: stop, report, plan, heal;
 //! `step` is the life of one step: compute, reduce, prepare, commit, publish; `schedule` is the
-//! order of its micro-batches, `round` what has come in for it; `heal` is what a member still
+//! order of its micro-batches, `round` what has come in for it, `look` whether memory still holds what
+//! was put there, `ballot` whether the members' votes agree; `heal` is what a member still
 //! lacks; `part` is its place in a plan; `memory` is what a coordinator may have to be told again.
 
 #[macro_use]
 mod mutant;
 
+mod ballot;
 mod core;
 mod heal;
+mod look;
 mod memory;
 mod part;
 mod round;

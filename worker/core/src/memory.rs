@@ -25,6 +25,10 @@ pub(crate) struct Memory {
     lost: BTreeSet<WorkerId>,
     /// [`FromWorker::Diverged`], where the generation in force cannot go on because of it.
     diverged: Option<FromWorker>,
+    /// [`FromWorker::Settled`], of the generation in force.
+    settled: Option<FromWorker>,
+    /// [`FromWorker::Vouched`], of the newest checkpoint.
+    vouched: Option<FromWorker>,
     leaving: bool,
 }
 
@@ -33,6 +37,7 @@ impl Memory {
     pub(crate) fn start(&mut self) {
         self.lost.clear();
         self.diverged = None;
+        self.settled = None;
     }
 
     pub(crate) fn committed(&mut self, committed: Committed) {
@@ -57,6 +62,17 @@ impl Memory {
         self.diverged = Some(message);
     }
 
+    pub(crate) fn settled(&mut self, message: FromWorker) {
+        self.settled = Some(message);
+    }
+
+    /// False where that was told already.
+    pub(crate) fn vouched(&mut self, message: &FromWorker) -> bool {
+        let new = self.vouched.as_ref() != Some(message);
+        self.vouched = Some(message.clone());
+        new
+    }
+
     pub(crate) fn leaving(&mut self) {
         self.leaving = true;
     }
@@ -65,10 +81,10 @@ impl Memory {
     pub(crate) fn tell(&self, generation: Option<Generation>, known: Step, out: &mut Vec<Output>) {
         let news = self.commits.iter().filter(|c| c.step > known);
         out.extend(news.map(|c| Output::Tell(FromWorker::Committed(c.clone()))));
-        out.extend(self.parts.iter().cloned().map(Output::Tell));
+        out.extend(self.parts.iter().cloned().chain(self.vouched.clone()).map(Output::Tell));
         if let Some(generation) = generation {
             let lost = self.lost.iter().map(|&peer| FromWorker::PeerLost { generation, peer });
-            out.extend(lost.chain(self.diverged.clone()).map(Output::Tell));
+            out.extend(lost.chain(self.diverged.clone()).chain(self.settled.clone()).map(Output::Tell));
         }
         if self.leaving {
             out.push(Output::Tell(FromWorker::Leaving));

@@ -17,6 +17,8 @@ pub enum Mutant {
     NormByMember,
     /// What only the old plan needed is dropped before the new one has committed.
     DropBeforeCommit,
+    /// Votes are counted, and not compared.
+    BlindVote,
     /// A report is no promise: what is in flight goes on.
     ReportAndGoOn,
 }

@@ -1,7 +1,7 @@
 //! A member's place in a plan, worked out once when the plan is adopted.
 
 use caravan_types::lanes::cover;
-use caravan_types::peer::Prepared;
+use caravan_types::peer::{Prepared, SliceVote};
 use caravan_types::{
     Generation, Lane, Node, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, WorkerId,
 };
@@ -20,6 +20,8 @@ pub(crate) struct Place {
     /// Who has the stage before its own, and the one after it.
     pub(crate) before: Option<WorkerId>,
     pub(crate) after: Option<WorkerId>,
+    /// Everybody's stage.
+    stages: BTreeMap<WorkerId, Range<u32>>,
     /// Stages from its own to the last.
     pub(crate) depth: u32,
     /// Slices that it owns.
@@ -83,6 +85,7 @@ impl Place {
             stage,
             before,
             after,
+            stages,
             depth,
             owned,
             primary,
@@ -117,6 +120,15 @@ impl Place {
         self.plan.owners.get(slice.0 as usize).map_or(&[], Vec::as_slice)
     }
 
+    /// Who computes, with which slices.
+    pub(crate) fn computing(&self) -> impl Iterator<Item = (WorkerId, impl Iterator<Item = SliceId> + '_)> {
+        self.stages.iter().map(|(worker, units)| {
+            let first = self.units.partition_point(|unit| *unit < units.start);
+            let end = self.units.partition_point(|unit| *unit < units.end);
+            (*worker, (first..end).map(|slice| SliceId(slice as u32)))
+        })
+    }
+
     /// Who has to be sent a slice's new weights by its primary owner.
     pub(crate) fn readers(&self, slice: SliceId) -> &[WorkerId] {
         self.readers.get(slice.0 as usize).map_or(&[], Vec::as_slice)
@@ -135,17 +147,17 @@ impl Place {
 
     /// Whether a vote covers exactly what its sender owns, block by block.
     pub(crate) fn vote_fits(&self, from: WorkerId, vote: &Prepared, table: &SliceTable) -> bool {
-        let norms = &vote.norms;
+        let slices = &vote.slices;
         let owned = self.plan.owned_by(from);
-        let sets: BTreeSet<SliceId> = norms.iter().map(|(id, _)| *id).collect();
+        let sets: BTreeSet<SliceId> = slices.iter().map(|vote| vote.slice).collect();
         let blocks_fit =
-            |(id, norms): &(SliceId, Vec<f64>)| table.get(*id).is_some_and(|s| s.blocks() == norms.len());
+            |vote: &SliceVote| table.get(vote.slice).is_some_and(|s| s.blocks() == vote.norms.len());
         let ends = self.plan.pipelines.iter().filter(|p| p.stages.last().is_some_and(|s| s.worker == from));
         let lanes = ends.flat_map(|p| p.lanes.clone());
-        norms.len() == owned.len()
-            && sets.len() == norms.len()
+        slices.len() == owned.len()
+            && sets.len() == slices.len()
             && sets.iter().all(|id| owned.contains(*id))
-            && norms.iter().all(blocks_fit)
+            && slices.iter().all(blocks_fit)
             && vote.lanes.iter().map(|result| result.lane).eq(lanes)
     }
 

@@ -7,7 +7,7 @@
 
 use crate::schedule::Schedule;
 use caravan_types::peer::{LaneResult, Prepared};
-use caravan_types::{Lane, MicroId, Node, SliceId, SliceSet, SliceTable, Step, WorkerId};
+use caravan_types::{Checksum, Lane, MicroId, Node, SliceId, SliceSet, Step, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The step in flight.
@@ -19,8 +19,11 @@ pub(crate) struct Round {
     pub(crate) lanes: Vec<LaneResult>,
     /// Slices whose reduction was ordered.
     pub(crate) reducing: SliceSet,
-    /// Block norms of the slices that are reduced.
-    pub(crate) norms: BTreeMap<SliceId, Vec<f64>>,
+    /// Block norms and checksum of the slices that are reduced.
+    pub(crate) reduced: BTreeMap<SliceId, (Vec<f64>, Checksum)>,
+    /// Whether the engine was asked to look at what was computed with, and whether it has.
+    pub(crate) verifying: bool,
+    pub(crate) verified: bool,
     /// Whether this member has voted.
     pub(crate) voted: bool,
 }
@@ -114,67 +117,32 @@ impl Inbox {
     }
 }
 
-/// What a unanimous vote says.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Verdict {
-    /// The step is committed, with its global norm, mean loss and counted tokens.
-    Commit { norm: f64, loss: f64, tokens: u64 },
-    /// Owners of this slice have different gradients.
-    Diverged(SliceId),
+/// What the votes for a step add up to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Tally {
+    pub(crate) norm: f64,
+    pub(crate) loss: f64,
+    pub(crate) tokens: u64,
 }
 
 /// Adds the votes up: squared block norms in the order of the flat model, losses in the order
 /// of the lanes, both in fp64, so that every member gets the same bits from the same votes.
 ///
 /// `by_member` is a bug: sums member by member, as an all-reduce of sums would.
-pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, table: &SliceTable, by_member: bool) -> Verdict {
-    let mut blocks: BTreeMap<SliceId, &Vec<f64>> = BTreeMap::new();
+pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, by_member: bool) -> Tally {
+    let mut blocks: BTreeMap<SliceId, &[f64]> = BTreeMap::new();
     let mut lanes: BTreeMap<Lane, LaneResult> = BTreeMap::new();
     for vote in votes.values() {
-        for (slice, norms) in &vote.norms {
-            let first = blocks.entry(*slice).or_insert(norms);
-            let same = first.iter().map(|n| n.to_bits()).eq(norms.iter().map(|n| n.to_bits()));
-            if !same {
-                return Verdict::Diverged(*slice);
-            }
-        }
+        blocks.extend(vote.slices.iter().map(|slice| (slice.slice, slice.norms.as_slice())));
         lanes.extend(vote.lanes.iter().map(|result| (result.lane, *result)));
     }
-    debug_assert!(by_member || blocks.len() == table.len());
     let squares: f64 = if by_member {
-        let mine = |vote: &Prepared| vote.norms.iter().flat_map(|(_, n)| n).sum::<f64>();
+        let mine = |vote: &Prepared| vote.slices.iter().flat_map(|slice| &slice.norms).sum::<f64>();
         votes.values().map(mine).sum()
     } else {
         blocks.values().flat_map(|b| b.iter()).sum()
     };
     let loss = lanes.values().map(|lane| lane.loss).sum();
     let tokens = lanes.values().map(|lane| lane.tokens).sum();
-    Verdict::Commit { norm: squares.sqrt(), loss, tokens }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use caravan_types::ModelShape;
-
-    fn votes(second: f64) -> BTreeMap<WorkerId, Prepared> {
-        let table = SliceTable::new(&ModelShape::preset("260k").unwrap());
-        let norms = |scale: f64| table.iter().map(|(id, s)| (id, vec![scale; s.blocks()])).collect();
-        let vote = |lane, scale| Prepared {
-            step: Step(1),
-            norms: norms(scale),
-            lanes: vec![LaneResult { lane, loss: 0.5, tokens: 3 }],
-            stop_for: None,
-        };
-        [(WorkerId(1), vote(0, 1.0)), (WorkerId(2), vote(1, second))].into()
-    }
-
-    #[test]
-    fn equal_votes_of_two_owners_count_once_and_different_ones_name_the_slice() {
-        let table = SliceTable::new(&ModelShape::preset("260k").unwrap());
-        let blocks: usize = table.iter().map(|(_, s)| s.blocks()).sum();
-        let norm = (blocks as f64).sqrt();
-        assert_eq!(count(&votes(1.0), &table, false), Verdict::Commit { norm, loss: 1.0, tokens: 6 });
-        assert_eq!(count(&votes(1.0 + f64::EPSILON), &table, false), Verdict::Diverged(SliceId(0)));
-    }
+    Tally { norm: squares.sqrt(), loss, tokens }
 }

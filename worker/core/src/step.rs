@@ -1,15 +1,16 @@
 //! The life of a step: compute, reduce, prepare, commit, publish.
 
+use crate::ballot::Ballot;
 use crate::core::hold;
 use crate::part::Place;
-use crate::round::{Direction, Round, Stream, Verdict, count};
+use crate::round::{Direction, Round, Stream, Tally, count};
 use crate::schedule::{Op, Schedule};
 use crate::{Core, Millis, Output};
 use caravan_types::lanes::cover;
-use caravan_types::message::{Committed, FromWorker};
-use caravan_types::peer::{Key, PeerMessage, Prepared};
+use caravan_types::message::{Committed, Farewell, FromWorker};
+use caravan_types::peer::{Key, PeerMessage, Prepared, SliceVote};
 use caravan_types::task::{Done, Task};
-use caravan_types::{Generation, MicroId, Node, SliceId, SliceSet, Step};
+use caravan_types::{Generation, MicroId, Node, Opinion, SliceId, SliceSet, Step};
 
 impl Core {
     /// Whatever comes next, once everything that it needs is here: stop, finish, or compute.
@@ -20,7 +21,10 @@ impl Core {
             return;
         }
         if let Some(generation) = self.stopping {
-            return self.promise(generation, out);
+            // What others may be healed from here has been looked at.
+            return if self.has_looked(out) {
+                self.promise(generation, out)
+            };
         }
         if self.applied.0 >= self.config.steps {
             return self.finish(out);
@@ -43,6 +47,10 @@ impl Core {
                 out.push(Output::Task(Task::Save { generation, step, slices }));
             }
         }
+        if !self.has_looked(out) {
+            return;
+        }
+        self.vouch(out);
         if let Some(generation) = self.wanted {
             self.promise(generation, out);
         }
@@ -57,9 +65,23 @@ impl Core {
                     self.prepare(now, out);
                 }
             }
-            Done::Reduced { generation, step, slice, norms } => {
+            Done::Reduced { generation, step, slice, norms, gradient } => {
                 if here(generation, &self.place) && step == self.applied.next() {
-                    self.round.norms.insert(slice, norms);
+                    self.round.reduced.insert(slice, (norms, gradient));
+                    self.prepare(now, out);
+                }
+            }
+            Done::Applied { step, sums } => {
+                // One of an older plan says nothing of what this one has put there.
+                let ours = self.place.as_ref().is_some_and(|place| step > place.base());
+                if ours && step == self.applied {
+                    self.looked(now, sums, out);
+                }
+            }
+            Done::Verified { generation, step, sums } => {
+                if here(generation, &self.place) && step == self.applied {
+                    self.round.verified = self.round.verifying;
+                    self.looked(now, sums, out);
                     self.prepare(now, out);
                 }
             }
@@ -141,6 +163,7 @@ impl Core {
         if !ended.is_empty() {
             self.reduce(&mine, out);
         }
+        self.verify(out);
     }
 
     /// Orders the reduction of those slices whose partial sums are all here.
@@ -163,15 +186,22 @@ impl Core {
     fn prepare(&mut self, now: Millis, out: &mut Vec<Output>) {
         let Some(place) = &self.place else { return };
         let computed = self.round.lanes.len() == place.lanes.len();
-        let begun = self.round.schedule.is_some();
-        if !begun || !computed || self.round.voted || self.round.norms.len() != place.owned.len() {
+        let reduced = self.round.reduced.len() == place.owned.len();
+        if !computed || !reduced || !self.round.verified || self.round.voted {
             return;
         }
         self.round.voted = true;
-        let norms = std::mem::take(&mut self.round.norms).into_iter().collect();
+        let sums = &self.sums;
+        let vote = |(slice, (norms, gradient))| {
+            let state = sums.get(&slice).copied().unwrap_or_default();
+            SliceVote { slice, norms, gradient, state }
+        };
+        let slices = std::mem::take(&mut self.round.reduced).into_iter().map(vote).collect();
+        let read = place.computed.iter().map(|slice| sums.get(&slice).copied().unwrap_or_default().weights);
+        let weights = Opinion::of_weights(read);
         let is_last = place.depth == 1;
         let lanes = if is_last { std::mem::take(&mut self.round.lanes) } else { Vec::new() };
-        let vote = Prepared { step: self.applied.next(), norms, lanes, stop_for: self.wanted };
+        let vote = Prepared { step: self.applied.next(), slices, weights, lanes, stop_for: self.wanted };
         for to in place.peers() {
             out.push(Output::Send { to, message: PeerMessage::Prepared(vote.clone()) });
         }
@@ -191,20 +221,34 @@ impl Core {
             place.plan.members.len() - usize::from(mutant!(self, ApplyEarly) && place.plan.members.len() > 2);
         let Some(votes) = self.inbox.unanimous(step, members) else { return };
         let stop_for = votes.values().filter_map(|v| v.stop_for).max();
-        match count(votes, &self.table, mutant!(self, NormByMember)) {
-            Verdict::Commit { norm, loss, tokens } => {
-                let took_ms = now.saturating_sub(self.since);
-                let generation = place.generation();
-                let committed = Committed { generation, step, loss, norm, tokens, took_ms };
-                self.commit(now, committed, stop_for, out);
-            }
-            Verdict::Diverged(slice) => {
-                let generation = place.generation();
-                let diverged = FromWorker::Diverged { generation, step, slice };
-                self.memory.diverged(diverged.clone());
-                out.push(Output::Tell(diverged));
-            }
+        let generation = place.generation();
+        let ballot = Ballot::new(step, votes);
+        let disputes = if mutant!(self, BlindVote) { Vec::new() } else { ballot.disputes() };
+        if !disputes.is_empty() {
+            let diverged = FromWorker::Diverged { generation, step, disputes };
+            self.memory.diverged(diverged.clone());
+            return out.push(Output::Tell(diverged));
         }
+        match ballot.misread(place) {
+            Some(worker) if worker == place.me => {
+                let what = format!("it computed step {step} with other weights than their owners have");
+                out.push(Output::Tell(FromWorker::Corrupt { what }));
+                return out.push(Output::Exit(Farewell::Corrupt));
+            }
+            // It sees the same votes, and goes.
+            Some(_) => return,
+            None => {}
+        }
+        let settled = ballot.settle(&place.plan.disputes);
+        if !settled.is_empty() {
+            let settled = FromWorker::Settled { generation, disputes: settled };
+            self.memory.settled(settled.clone());
+            out.push(Output::Tell(settled));
+        }
+        let Tally { norm, loss, tokens } = count(votes, mutant!(self, NormByMember));
+        let took_ms = now.saturating_sub(self.since);
+        let committed = Committed { generation, step, loss, norm, tokens, took_ms };
+        self.commit(now, committed, stop_for, out);
     }
 
     fn commit(
@@ -241,6 +285,8 @@ impl Core {
         self.norm = Some(norm);
         self.state = place.owned.clone();
         self.weights = place.owned.clone();
+        self.sums.clear();
+        self.looking = None;
         self.prepared = None;
         self.round = Round::default();
         self.since = now;

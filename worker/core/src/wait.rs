@@ -58,6 +58,8 @@ impl Core {
                 Wait::Peer { peer, what: Awaited::Data(Key::Weights { step, slice }) }
             }
             Some(_) => Wait::Engine,
+            // It looks at what it has before it stops.
+            None if self.stopping.is_some() => Wait::Engine,
             None => Wait::Plan,
         }
     }

@@ -1,7 +1,7 @@
 //! What can go wrong in the engine.
 
 use caravan_types::peer::Key;
-use caravan_types::{MicroId, Node, SliceId, Step};
+use caravan_types::{MicroId, Node, SliceId, Step, Subject};
 
 /// Why a task could not be executed. Each of these means that the caller asked for something
 /// that its own bookkeeping should have ruled out, or that data or a checkpoint is damaged;
@@ -135,6 +135,19 @@ pub enum EngineError {
         step: Step,
         /// What is wrong.
         reason: String,
+    },
+    /// Memory does not hold what was put there.
+    #[error(
+        "the {what} of slice {slice} at step {step} is not what was put there: memory of this machine was changed \
+         behind the program's back. Where that happens again, test its memory"
+    )]
+    Corrupt {
+        /// The slice.
+        slice: SliceId,
+        /// The step that it is at, or that the gradient is for.
+        step: Step,
+        /// What has changed.
+        what: Subject,
     },
     /// A prompt that cannot be continued.
     #[error("cannot generate: {0}")]

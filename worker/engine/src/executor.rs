@@ -15,10 +15,13 @@ use caravan_types::peer::{Key, LaneResult};
 use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Recipe, RunSpec, SliceId, SliceSet, Step,
+    BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Recipe, RunSpec, SliceId, SliceSet,
+    SliceSum, Step,
 };
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::Arc;
 
 /// Where micro-batches come from. Both answers are pure functions of the run spec and data.
@@ -50,6 +53,51 @@ pub trait Checkpoints {
     fn load(&mut self, step: Step, slices: &SliceSet) -> Result<Vec<(SliceId, Vec<f32>)>, String>;
 }
 
+/// A fault of the machine, to try what comes of it. The number says which bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    /// Memory that holds weights or training state flips a bit.
+    Memory(u64),
+    /// The next final gradient is summed up wrong.
+    Sum(u64),
+    /// The next update computes wrong weights.
+    Update(u64),
+}
+
+impl fmt::Display for Flaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self {
+            Self::Memory(_) => "memory",
+            Self::Sum(_) => "sum",
+            Self::Update(_) => "update",
+        };
+        write!(f, "{name} {}", self.bit())
+    }
+}
+
+impl FromStr for Flaw {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unknown = || format!("{text:?} is no flaw: memory, sum or update with the number of a bit");
+        let (name, bit) = text.split_once(' ').ok_or_else(unknown)?;
+        let bit = bit.parse().map_err(|_| unknown())?;
+        match name {
+            "memory" => Ok(Self::Memory(bit)),
+            "sum" => Ok(Self::Sum(bit)),
+            "update" => Ok(Self::Update(bit)),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl Flaw {
+    fn bit(self) -> u64 {
+        let (Self::Memory(bit) | Self::Sum(bit) | Self::Update(bit)) = self;
+        bit
+    }
+}
+
 /// Model, training state and gradients of one worker.
 pub struct Executor<B, C> {
     cpu: Cpu,
@@ -69,6 +117,8 @@ pub struct Executor<B, C> {
     scale: f64,
     /// Payloads to install (weights and training state), and those between stages.
     stored: BTreeMap<Key, Vec<f32>>,
+    /// What is to go wrong next.
+    flaw: Option<Flaw>,
 }
 
 impl<B: Batches, C: Checkpoints> Executor<B, C> {
@@ -108,6 +158,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             result: LaneResult { lane: 0, loss: 0.0, tokens: 0 },
             scale: 0.0,
             stored: BTreeMap::new(),
+            flaw: None,
         })
     }
 
@@ -122,7 +173,17 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             Task::Forward { generation, step, micro } => self.forward(generation, step, micro)?,
             Task::Backward { generation, step, micro } => return self.backward(generation, step, micro),
             Task::Reduce { generation, step, slice } => return self.reduce(generation, step, slice),
-            Task::Apply { step, norm, slices } => self.apply(step, norm, &slices)?,
+            Task::Verify { generation, step, slices } => {
+                let ids: Vec<SliceId> = slices.iter().collect();
+                let (cpu, state) = (&self.cpu, &self.state);
+                let sums = cpu.map(&ids, |id| Ok((*id, state.verify(cpu, *id, step)?)));
+                let sums = sums.into_iter().collect::<Result<_, EngineError>>()?;
+                return Ok(Some(Done::Verified { generation, step, sums }));
+            }
+            Task::Apply { step, norm, slices } => {
+                let sums = self.apply(step, norm, &slices)?;
+                return Ok(Some(Done::Applied { step, sums }));
+            }
             Task::Install(key) => self.install(key)?,
             Task::Init { slices, part } => {
                 let ids: Vec<SliceId> = slices.iter().collect();
@@ -135,7 +196,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             Task::Drop(slices) => slices.iter().try_for_each(|id| self.state.drop_state(id))?,
             Task::Narrow { units } => self.state.narrow(&units),
             Task::Save { generation, step, slices } => {
-                let state = |id| Ok((id, self.state.slice_state(id, step)?));
+                let state = |id| Ok((id, self.sound_state(id, step)?));
                 let states = slices.iter().map(state).collect::<Result<Vec<_>, EngineError>>()?;
                 return Ok(self.checkpoints.save(generation, step, states));
             }
@@ -182,10 +243,27 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             Key::Partial { step, slice, node } => {
                 Ok(self.gradients.own(step, slice, self.state.slice(slice)?, node)?.to_vec())
             }
-            Key::Weights { step, slice } => Ok(self.state.slice_weights(slice, step)?.to_vec()),
-            Key::State { step, slice } => self.state.slice_state(slice, step),
+            Key::Weights { step, slice } => Ok(self.state.sound_weights(&self.cpu, slice, step)?.to_vec()),
+            Key::State { step, slice } => self.sound_state(slice, step),
             Key::Activation { .. } | Key::ActivationGradient { .. } => self.take(key),
         }
+    }
+
+    /// Training state that leaves this machine's memory.
+    fn sound_state(&self, id: SliceId, step: Step) -> Result<Vec<f32>, EngineError> {
+        let state = self.state.slice_state(id, step)?;
+        self.state.verify(&self.cpu, id, step)?;
+        Ok(state)
+    }
+
+    /// Has this machine's memory or one of its cores fail, once. False where there is nothing
+    /// for it to fail on yet.
+    pub fn fail(&mut self, flaw: Flaw) -> bool {
+        match flaw {
+            Flaw::Memory(bit) => return self.state.flip(bit),
+            Flaw::Sum(_) | Flaw::Update(_) => self.flaw = Some(flaw),
+        }
+        true
     }
 
     fn take(&mut self, key: Key) -> Result<Vec<f32>, EngineError> {
@@ -329,12 +407,18 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             return Ok(None);
         }
         let slice = self.state.slice(id)?;
-        let gradient = self.gradients.reduce(&self.cpu, step, id, slice)?;
-        let norms = squared_norm::squared_norms(&self.cpu, gradient, BLOCK as usize);
-        Ok(Some(Done::Reduced { generation, step, slice: id, norms }))
+        let flaw = self.flaw.take_if(|flaw| matches!(flaw, Flaw::Sum(_))).map(Flaw::bit);
+        let (values, gradient) = self.gradients.reduce(&self.cpu, step, id, slice, flaw)?;
+        let norms = squared_norm::squared_norms(&self.cpu, values, BLOCK as usize);
+        Ok(Some(Done::Reduced { generation, step, slice: id, norms, gradient }))
     }
 
-    fn apply(&mut self, step: Step, norm: f64, slices: &SliceSet) -> Result<(), EngineError> {
+    fn apply(
+        &mut self,
+        step: Step,
+        norm: f64,
+        slices: &SliceSet,
+    ) -> Result<Vec<(SliceId, SliceSum)>, EngineError> {
         let recipe = &self.recipe;
         let update = Update {
             step: step.0,
@@ -345,20 +429,22 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             weight_decay: recipe.weight_decay,
             scale: recipe.clip_scale(norm),
         };
+        let mut sums = Vec::with_capacity(slices.len());
         for id in slices.iter() {
             self.watch.begin(Doing::Applying);
-            let gradient = self.gradients.last(step, id, self.state.slice(id)?)?;
-            self.state.apply(&self.cpu, id, &update, gradient)?;
+            let gradient = self.gradients.sound(&self.cpu, step, id, self.state.slice(id)?)?;
+            let flaw = self.flaw.take_if(|flaw| matches!(flaw, Flaw::Update(_))).map(Flaw::bit);
+            sums.push((id, self.state.apply(&self.cpu, id, &update, gradient, flaw)?));
         }
         self.gradients.applied(step, slices);
-        Ok(())
+        Ok(sums)
     }
 
     fn install(&mut self, key: Key) -> Result<(), EngineError> {
         let payload = self.take(key)?;
         match key {
-            Key::Weights { step, slice } => self.state.set_weights(slice, step, &payload),
-            Key::State { step, slice } => self.state.set_state(slice, step, &payload),
+            Key::Weights { step, slice } => self.state.set_weights(&self.cpu, slice, step, &payload),
+            Key::State { step, slice } => self.state.set_state(&self.cpu, slice, step, &payload),
             // Used by other tasks.
             Key::Partial { .. } | Key::Activation { .. } | Key::ActivationGradient { .. } => {
                 Err(EngineError::Missing(key))
@@ -379,8 +465,8 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
                 return Err(bad(format!("slice {id} has {} values instead of {}", values.len(), 3 * n)));
             }
             match part {
-                Part::Weights => self.state.set_weights(id, step, &values[..n])?,
-                Part::State => self.state.set_state(id, step, &values)?,
+                Part::Weights => self.state.set_weights(&self.cpu, id, step, &values[..n])?,
+                Part::State => self.state.set_state(&self.cpu, id, step, &values)?,
             }
         }
         match missing.iter().next() {

@@ -5,23 +5,33 @@
 //! stages are kept and used again: a step in steady state takes none.
 
 use crate::EngineError;
+use crate::state::flip;
+use caravan_kernels::checksum::checksum;
 use caravan_kernels::{Cpu, add};
 use caravan_types::peer::Key;
-use caravan_types::{Lane, MicroId, Node, Slice, SliceId, SliceSet, Step};
+use caravan_types::{Checksum, Lane, MicroId, Node, Slice, SliceId, SliceSet, Step, Subject};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// The final gradient of a slice.
 #[derive(Debug, Default)]
-enum Final {
-    /// None.
+struct Final {
+    sum: Sum,
+    /// Of its values, when they were summed up.
+    checksum: Checksum,
+}
+
+/// Where it lies.
+#[derive(Debug, Default)]
+enum Sum {
+    /// Nowhere.
     #[default]
     None,
     /// We computed all lanes: it lies in the root's own sum.
     Root(Step),
     /// Summed up.
-    Sum(Step, Vec<f32>),
+    Here(Step, Vec<f32>),
 }
 
 /// What an executor holds of gradients.
@@ -45,7 +55,7 @@ pub(crate) struct Gradients {
 
 impl Gradients {
     pub(crate) fn new(lanes: u32, slices: usize) -> Self {
-        let finals = (0..slices).map(|_| Final::None).collect();
+        let finals = (0..slices).map(|_| Final::default()).collect();
         let (own, spare, received) = (Vec::new(), Vec::new(), BTreeMap::new());
         Self { lanes, stage: 0..0, step: None, own, open: None, spare, received, finals }
     }
@@ -157,27 +167,36 @@ impl Gradients {
         Some(&sum[self.elements(slice)?])
     }
 
-    /// Adds up a slice to the root, frees what was received for it, and returns the result.
+    /// Adds up a slice to the root, frees what was received for it, and returns the result with
+    /// its checksum. `flaw` is a bit of it that comes out wrong, where that is to be tried.
     pub(crate) fn reduce(
         &mut self,
         cpu: &Cpu,
         step: Step,
         id: SliceId,
         slice: &Slice,
-    ) -> Result<&[f32], EngineError> {
+        flaw: Option<u64>,
+    ) -> Result<(&[f32], Checksum), EngineError> {
         let root = Node::root(self.lanes);
-        let sum = match self.total(cpu, step, id, slice, root)? {
-            Cow::Borrowed(_) if self.find_own(step, slice, root).is_some() => Final::Root(step),
-            sum => Final::Sum(step, sum.into_owned()),
+        let mut sum = match self.total(cpu, step, id, slice, root)? {
+            Cow::Borrowed(_) if flaw.is_none() && self.find_own(step, slice, root).is_some() => {
+                Sum::Root(step)
+            }
+            sum => Sum::Here(step, sum.into_owned()),
         };
+        if let (Some(bit), Sum::Here(_, values)) = (flaw, &mut sum) {
+            flip(values, bit);
+        }
         let (first, last) = (Node { level: 0, index: 0 }, Node { level: u8::MAX, index: u32::MAX });
         let used = self.received.range((step, id, first)..=(step, id, last));
         let used: Vec<_> = used.map(|(key, _)| *key).collect();
         for key in used {
             self.received.remove(&key);
         }
-        self.finals[id.0 as usize] = sum;
-        self.last(step, id, slice)
+        self.finals[id.0 as usize].sum = sum;
+        let checksum = Checksum(checksum(cpu, &[self.last(step, id, slice)?]));
+        self.finals[id.0 as usize].checksum = checksum;
+        Ok((self.last(step, id, slice)?, checksum))
     }
 
     /// The sum of a sub-tree: as it is here, or its left half plus its right half.
@@ -204,19 +223,34 @@ impl Gradients {
     }
 
     /// The final gradient of a slice.
-    pub(crate) fn last(&self, step: Step, id: SliceId, slice: &Slice) -> Result<&[f32], EngineError> {
+    fn last(&self, step: Step, id: SliceId, slice: &Slice) -> Result<&[f32], EngineError> {
         let missing = EngineError::NotReduced { step, slice: id };
-        match &self.finals[id.0 as usize] {
-            Final::Root(s) if *s == step => self.find_own(step, slice, Node::root(self.lanes)).ok_or(missing),
-            Final::Sum(s, sum) if *s == step => Ok(sum),
+        match &self.finals[id.0 as usize].sum {
+            Sum::Root(s) if *s == step => self.find_own(step, slice, Node::root(self.lanes)).ok_or(missing),
+            Sum::Here(s, sum) if *s == step => Ok(sum),
             _ => Err(missing),
         }
+    }
+
+    /// The same, where it is what was summed up.
+    pub(crate) fn sound(
+        &self,
+        cpu: &Cpu,
+        step: Step,
+        id: SliceId,
+        slice: &Slice,
+    ) -> Result<&[f32], EngineError> {
+        let gradient = self.last(step, id, slice)?;
+        if Checksum(checksum(cpu, &[gradient])) == self.finals[id.0 as usize].checksum {
+            return Ok(gradient);
+        }
+        Err(EngineError::Corrupt { slice: id, step, what: Subject::Gradient })
     }
 
     /// Frees the final gradients of slices that are applied, and what was received for this
     /// step or earlier ones: a step is applied only when every sum of it has been used.
     pub(crate) fn applied(&mut self, step: Step, slices: &SliceSet) {
-        slices.iter().for_each(|id| self.finals[id.0 as usize] = Final::None);
+        slices.iter().for_each(|id| self.finals[id.0 as usize] = Final::default());
         self.received.retain(|(s, ..), _| *s > step);
     }
 }

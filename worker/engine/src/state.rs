@@ -7,11 +7,17 @@
 //!
 //! In fp32 the master weights are the weights, so they exist once. That has one consequence:
 //! weights of another step that are installed over a slice end its training state here.
+//!
+//! Whatever is put here is summed up once it lies in memory, and looked at again before it is
+//! used for good: what has changed in between, memory has changed.
 
 use crate::{EngineError, init};
 use caravan_kernels::Cpu;
 use caravan_kernels::adamw::{Update, adamw};
-use caravan_types::{ModelShape, Part, Slice, SliceId, SliceTable, Step, UnitId};
+use caravan_kernels::checksum::checksum;
+use caravan_types::{
+    Checksum, ModelShape, Part, Slice, SliceId, SliceSum, SliceTable, Step, Subject, UnitId,
+};
 use std::ops::Range;
 
 /// First and second moments of a slice.
@@ -28,6 +34,8 @@ struct Held {
     /// The step that the weights are at.
     weights: Option<Step>,
     moments: Option<Moments>,
+    /// Of weights and moments, when they were put here.
+    sum: SliceSum,
     /// Runs of elements within the slice, and whether AdamW decays them.
     runs: Vec<(Range<usize>, bool)>,
 }
@@ -174,6 +182,38 @@ impl State {
         }
     }
 
+    /// A slice's weights, where they are at `step`, and are what was put here.
+    pub(crate) fn sound_weights(&self, cpu: &Cpu, id: SliceId, step: Step) -> Result<&[f32], EngineError> {
+        let weights = self.slice_weights(id, step)?;
+        let expected = self.held[id.0 as usize].sum.weights;
+        if expected == sum_of(cpu, &[weights]) {
+            return Ok(weights);
+        }
+        Err(EngineError::Corrupt { slice: id, step, what: Subject::State })
+    }
+
+    /// What was put here of a slice, if that is what is here.
+    pub(crate) fn verify(&self, cpu: &Cpu, id: SliceId, step: Step) -> Result<SliceSum, EngineError> {
+        self.sound_weights(cpu, id, step)?;
+        let held = &self.held[id.0 as usize];
+        let Some(Moments { step, m, v }) = &held.moments else { return Ok(held.sum) };
+        if held.sum.moments == Some(sum_of(cpu, &[m, v])) {
+            return Ok(held.sum);
+        }
+        Err(EngineError::Corrupt { slice: id, step: *step, what: Subject::State })
+    }
+
+    /// Sums up what lies in memory now of a slice.
+    fn sum_up(&mut self, cpu: &Cpu, id: SliceId) -> Result<SliceSum, EngineError> {
+        let (weights, held) = self.parts(id)?;
+        let weights = sum_of(cpu, &[weights]);
+        held.sum = SliceSum {
+            weights,
+            moments: held.moments.as_ref().map(|Moments { m, v, .. }| sum_of(cpu, &[m, v])),
+        };
+        Ok(held.sum)
+    }
+
     /// A slice's master weights and moments, one after the other.
     pub(crate) fn slice_state(&self, id: SliceId, step: Step) -> Result<Vec<f32>, EngineError> {
         self.slice(id)?;
@@ -190,7 +230,13 @@ impl State {
     }
 
     /// Takes weights into use. Where training state of that very step is here, it has them.
-    pub(crate) fn set_weights(&mut self, id: SliceId, step: Step, new: &[f32]) -> Result<(), EngineError> {
+    pub(crate) fn set_weights(
+        &mut self,
+        cpu: &Cpu,
+        id: SliceId,
+        step: Step,
+        new: &[f32],
+    ) -> Result<(), EngineError> {
         let (weights, held) = self.parts(id)?;
         if held.moments.as_ref().is_some_and(|m| m.step == step) {
             return Ok(());
@@ -198,18 +244,24 @@ impl State {
         weights.copy_from_slice(new);
         held.weights = Some(step);
         held.moments = None;
-        Ok(())
+        self.sum_up(cpu, id).map(|_| ())
     }
 
     /// Takes training state (master weights, moments) into use.
-    pub(crate) fn set_state(&mut self, id: SliceId, step: Step, new: &[f32]) -> Result<(), EngineError> {
+    pub(crate) fn set_state(
+        &mut self,
+        cpu: &Cpu,
+        id: SliceId,
+        step: Step,
+        new: &[f32],
+    ) -> Result<(), EngineError> {
         let (weights, held) = self.parts(id)?;
         let (master, moments) = new.split_at(weights.len());
         let (m, v) = moments.split_at(weights.len());
         weights.copy_from_slice(master);
         held.weights = Some(step);
         held.moments = Some(Moments { step, m: m.to_vec(), v: v.to_vec() });
-        Ok(())
+        self.sum_up(cpu, id).map(|_| ())
     }
 
     /// Makes slices from the seed, at step 0.
@@ -222,10 +274,10 @@ impl State {
         });
         for (id, mut values) in ids.iter().zip(made) {
             match part {
-                Part::Weights => self.set_weights(*id, Step(0), &values)?,
+                Part::Weights => self.set_weights(cpu, *id, Step(0), &values)?,
                 Part::State => {
                     values.resize(3 * values.len(), 0.0);
-                    self.set_state(*id, Step(0), &values)?;
+                    self.set_state(cpu, *id, Step(0), &values)?;
                 }
             }
         }
@@ -237,6 +289,7 @@ impl State {
         let unit = self.slice(id)?.unit.0 as usize;
         let held = &mut self.held[id.0 as usize];
         held.moments = None;
+        held.sum.moments = None;
         if self.units[unit].is_empty() {
             self.loose[id.0 as usize] = Vec::new();
             held.weights = None;
@@ -244,15 +297,18 @@ impl State {
         Ok(())
     }
 
-    /// One AdamW update of a slice, which must be one step behind.
+    /// One AdamW update of a slice, which must be one step behind and sound. `flaw` is a bit of
+    /// the new weights that comes out wrong, where that is to be tried.
     pub(crate) fn apply(
         &mut self,
         cpu: &Cpu,
         id: SliceId,
         update: &Update,
         gradient: &[f32],
-    ) -> Result<(), EngineError> {
+        flaw: Option<u64>,
+    ) -> Result<SliceSum, EngineError> {
         let (step, before) = (Step(update.step), Step(update.step.saturating_sub(1)));
+        self.verify(cpu, id, before)?;
         let (weights, held) = self.parts(id)?;
         let found = held.moments.as_ref().map(|m| m.step);
         let Some(moments) = held.moments.as_mut().filter(|m| m.step == before) else {
@@ -266,7 +322,41 @@ impl State {
         }
         moments.step = step;
         held.weights = Some(step);
-        Ok(())
+        if let Some(bit) = flaw {
+            flip(weights, bit);
+        }
+        self.sum_up(cpu, id)
+    }
+
+    /// Flips a bit of what is held, as a cosmic ray would: the choice is a function of `bit`.
+    /// False where nothing is held.
+    pub(crate) fn flip(&mut self, bit: u64) -> bool {
+        let held = |h: &(usize, &Held)| h.1.weights.is_some();
+        let slices: Vec<usize> = self.held.iter().enumerate().filter(held).map(|(i, _)| i).collect();
+        if slices.is_empty() {
+            return false;
+        }
+        let id = SliceId(slices[bit as usize % slices.len()] as u32);
+        let bit = bit / slices.len() as u64;
+        let Ok((weights, held)) = self.parts(id) else { return false };
+        match held.moments.as_mut().filter(|_| !bit.is_multiple_of(3)) {
+            Some(moments) if bit % 3 == 1 => flip(&mut moments.m, bit / 3),
+            Some(moments) => flip(&mut moments.v, bit / 3),
+            None => flip(weights, bit / 3),
+        }
+        true
+    }
+}
+
+fn sum_of(cpu: &Cpu, vectors: &[&[f32]]) -> Checksum {
+    Checksum(checksum(cpu, vectors))
+}
+
+/// Flips one bit of some values; which one is a function of `bit`.
+pub(crate) fn flip(values: &mut [f32], bit: u64) {
+    let count = values.len().max(1) as u64;
+    if let Some(value) = values.get_mut((bit / 32 % count) as usize) {
+        *value = f32::from_bits(value.to_bits() ^ 1 << (bit % 32));
     }
 }
 

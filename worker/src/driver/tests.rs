@@ -89,6 +89,7 @@ impl Run {
             owners: vec![members.iter().map(|m| m.worker).collect(); slices],
             transfers: members.iter().map(transfer).collect(),
             idle: Vec::new(),
+            disputes: Vec::new(),
         }
     }
 }

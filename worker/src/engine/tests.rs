@@ -43,6 +43,8 @@ impl Machine for Fake {
         Ok(())
     }
 
+    fn fail(&mut self, _: Flaw) {}
+
     fn get(&mut self, key: Key) -> Result<Vec<f32>, Fault> {
         self.stored.get(&key).cloned().ok_or_else(|| format!("nothing under {key:?}").into())
     }

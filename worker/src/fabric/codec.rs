@@ -13,8 +13,12 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 #[cfg(target_endian = "big")]
 compile_error!("payloads are little-endian fp32 and are sent as they lie in memory");
 
-/// Bytes of a vote besides its lists: step, mark, generation, and the length of two lists.
-const VOTE: usize = 8 + 1 + 8 + 4 + 4;
+/// Bytes of a vote besides its lists: step, mark, generation, weights, and the length of two
+/// lists.
+const VOTE: usize = 8 + 1 + 8 + 8 + 4 + 4;
+
+/// Bytes of a slice's vote without its norms: slice, their number, three sums and a mark.
+const SLICE: usize = 4 + 4 + 3 * 4 + 1;
 
 /// Bytes of a hello's body: hash of the run spec, and whom it is for.
 const HELLO: usize = 32 + 8;
@@ -23,8 +27,8 @@ impl Settings {
     /// The largest body of this run's frames: the vote of someone who owns everything and
     /// computed all lanes.
     fn largest_body(&self) -> usize {
-        let norms: usize = self.slices.iter().map(|(_, slice)| 4 + 4 + 8 * slice.blocks()).sum();
-        VOTE + norms + self.batch.lanes as usize * (4 + 8 + 8)
+        let slices: usize = self.slices.iter().map(|(_, slice)| SLICE + 8 * slice.blocks()).sum();
+        VOTE + slices + self.batch.lanes as usize * (4 + 8 + 8)
     }
 
     /// Bytes of the payload that travels with a key.

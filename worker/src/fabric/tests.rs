@@ -4,8 +4,8 @@
 use super::*;
 use crate::log::Log;
 use caravan_types::message::PROTOCOL_VERSION;
-use caravan_types::peer::{Key, LaneResult, Prepared};
-use caravan_types::{ModelShape, SliceId, Step};
+use caravan_types::peer::{Key, LaneResult, Prepared, SliceVote};
+use caravan_types::{Checksum, ModelShape, Opinion, SliceId, SliceSum, Step};
 use caravan_wire::frame::{self, FrameHeader, Hello};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -42,8 +42,9 @@ async fn pair(detect: Duration) -> ((Fabric, Member), (Fabric, Member)) {
 
 fn vote(step: u64) -> PeerMessage {
     let lanes = vec![LaneResult { lane: 0, loss: 2.0, tokens: 8 }];
-    let norms = vec![(SliceId(0), vec![1.0])];
-    PeerMessage::Prepared(Prepared { step: Step(step), norms, lanes, stop_for: None })
+    let (gradient, state) = (Checksum(7), SliceSum { weights: Checksum(8), moments: Some(Checksum(9)) });
+    let slices = vec![SliceVote { slice: SliceId(0), norms: vec![1.0], gradient, state }];
+    PeerMessage::Prepared(Prepared { step: Step(step), slices, weights: Opinion(0), lanes, stop_for: None })
 }
 
 fn weights(slice: u32) -> Key {
@@ -270,9 +271,12 @@ fn broken(a: &Fabric) -> Vec<(Vec<u8>, &'static str)> {
     let mut flipped = whole(&header(PeerMessage::Data(weights(0))), &values);
     let last = flipped.len() - 1;
     flipped[last] ^= 0x40;
+    let (gradient, state) = (Checksum(0), SliceSum::default());
+    let slice = |i| SliceVote { slice: SliceId(i), norms: vec![0.0; 60], gradient, state };
     let many = Prepared {
         step: Step(1),
-        norms: (0..99).map(|i| (SliceId(i), vec![0.0; 60])).collect(),
+        slices: (0..99).map(slice).collect(),
+        weights: Opinion(0),
         lanes: Vec::new(),
         stop_for: None,
     };

@@ -54,12 +54,12 @@ pub use error::NoPlan;
 
 use crate::owners;
 use caravan_types::{
-    BatchShape, Generation, IdleReason, Member, ModelShape, Pipeline, Plan, SliceSet, SliceTable, Source,
-    Step, WorkerId,
+    BatchShape, Dispute, Generation, IdleReason, Member, ModelShape, Pipeline, Plan, SliceId, SliceSet,
+    SliceTable, Source, Step, WorkerId,
 };
 use costs::EQUAL;
 use problem::{Problem, memory, owning};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a border's link carries where nobody says more, in bytes a second: 10 Gbit/s Ethernet
 /// with what its protocols take.
@@ -113,7 +113,7 @@ pub struct Start {
 
 /// Plans for a demand with these workers. `table` is the demand's shape cut into slices; `before`
 /// are the pipelines of the last plan, where there is one: of many workers those stay together
-/// that can.
+/// that can. What `disputes` are about is to be computed again.
 ///
 /// # Errors
 /// Where no pipeline fits into the memory of those that stay; the error says what would do.
@@ -124,6 +124,7 @@ pub fn plan(
     start: Start,
     candidates: &[Candidate],
     before: &[Pipeline],
+    disputes: &[Dispute],
 ) -> Result<Plan, NoPlan> {
     let mut sorted: Vec<&Candidate> = candidates.iter().collect();
     sorted.sort_by_key(|c| c.member.worker);
@@ -143,11 +144,29 @@ pub fn plan(
     let pipelines = deal::deal(&problem, &layout.lines, layout.step_s * (1.0 + EQUAL), &ids);
     let idle = idle_members(&candidates, &problem, &pipelines);
     let owning: Vec<&Candidate> = able.iter().map(|i| candidates[*i]).collect();
-    let owners = owners(table, demand, &owning, &pipelines);
+    let mut owners = owners(table, demand, &owning, &pipelines);
+    add_judges(&mut owners, &owning, disputes);
     let (slices, origin) = (&problem.slices, start.origin);
     let transfers = transfers::transfers(table, slices, origin, &pipelines, &owners, &candidates);
     let members = candidates.iter().map(|c| c.member.clone()).collect();
-    Ok(Plan { generation, base: start.base, norm: start.norm, members, pipelines, owners, transfers, idle })
+    let (Start { base, norm, .. }, disputes) = (start, disputes.to_vec());
+    Ok(Plan { generation, base, norm, members, pipelines, owners, transfers, idle, disputes })
+}
+
+/// Owners who differed about a slice's gradient get another one, who makes a majority. What it
+/// costs is a slice's memory.
+fn add_judges(owners: &mut [Vec<WorkerId>], owning: &[&Candidate], disputes: &[Dispute]) {
+    let slices: BTreeSet<SliceId> = disputes.iter().map(|d| d.slice).collect();
+    let mut turn = 0;
+    for slice in slices {
+        let Some(owners) = owners.get_mut(slice.0 as usize) else { continue };
+        let others: Vec<WorkerId> =
+            owning.iter().map(|c| c.member.worker).filter(|w| !owners.contains(w)).collect();
+        if owners.len().is_multiple_of(2) && !others.is_empty() {
+            owners.push(others[turn % others.len()]);
+            turn += 1;
+        }
+    }
 }
 
 /// Those without a stage, ascending, each with the reason.

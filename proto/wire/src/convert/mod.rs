@@ -1,6 +1,7 @@
 //! Conversions between the messages of the .proto files and the types, one module for each
 //! file. Out by `From`, which cannot fail; in by `TryFrom`, which checks.
 
+mod dispute;
 mod plan;
 mod session;
 mod status;

@@ -1,5 +1,6 @@
 //! plan.proto: plans, slice sets, lane ranges.
 
+use super::dispute::{disputes, put_disputes};
 use super::variants;
 use crate::error::{Malformed, Why};
 use crate::limits::{
@@ -51,6 +52,7 @@ impl From<Plan> for pb::Plan {
             owners: plan.owners.into_iter().map(Into::into).collect(),
             transfers: plan.transfers.into_iter().map(Into::into).collect(),
             idle: plan.idle.into_iter().map(Into::into).collect(),
+            disputes: put_disputes(plan.disputes),
         }
     }
 }
@@ -77,6 +79,7 @@ impl TryFrom<pb::Plan> for Plan {
             transfers: transfers(plan.transfers, plan.owners.len() as u32)?,
             owners: plan.owners.into_iter().map(owners).collect::<Result<_, _>>()?,
             idle: plan.idle.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            disputes: disputes(plan.disputes, "Plan.disputes")?,
         })
     }
 }

@@ -1,5 +1,6 @@
 //! session.proto: what a worker and the coordinator say to each other.
 
+use super::dispute::{disputes, put_disputes, put_sums, sums};
 use super::plan::slice_set;
 use super::variants;
 use crate::error::{Malformed, Why};
@@ -22,7 +23,7 @@ variants!(
     activity,
     [Waiting, Healing, Computing, Reducing, Preparing, Publishing, Finished]
 );
-variants!(Farewell, pb::Farewell, farewell, [Finished, Drained, Left, Fenced, Failed]);
+variants!(Farewell, pb::Farewell, farewell, [Finished, Drained, Left, Fenced, Failed, Corrupt]);
 
 impl TryFrom<pb::FromWorker> for Up {
     type Error = Malformed;
@@ -49,9 +50,19 @@ impl TryFrom<pb::FromWorker> for Up {
                 peer: limits::worker(lost.peer, "PeerLost.peer")?,
             },
             Message::Diverged(diverged) => FromWorker::Diverged {
-                generation: limits::generation(diverged.generation, "SliceDiverged.generation")?,
-                step: limits::step(diverged.step, "SliceDiverged.step")?,
-                slice: limits::slice(diverged.slice, "SliceDiverged.slice")?,
+                generation: limits::generation(diverged.generation, "Diverged.generation")?,
+                step: limits::step(diverged.step, "Diverged.step")?,
+                disputes: disputes(diverged.disputes, "Diverged.disputes")?,
+            },
+            Message::Settled(settled) => FromWorker::Settled {
+                generation: limits::generation(settled.generation, "Settled.generation")?,
+                disputes: disputes(settled.disputes, "Settled.disputes")?,
+            },
+            Message::Corrupt(corrupt) => FromWorker::Corrupt { what: text(corrupt.what, "Corrupt.what")? },
+            Message::Vouched(vouched) => FromWorker::Vouched {
+                generation: limits::generation(vouched.generation, "Vouched.generation")?,
+                step: limits::step(vouched.step, "Vouched.step")?,
+                sums: sums(vouched.sums, "Vouched.sums")?,
             },
             Message::Saved(saved) => saved.try_into()?,
             Message::Leaving(pb::Leaving {}) => FromWorker::Leaving,
@@ -76,8 +87,18 @@ impl From<FromWorker> for from_worker::Message {
             FromWorker::PeerLost { generation, peer } => {
                 Self::PeerLost(pb::PeerLost { generation: generation.0, peer: peer.0 })
             }
-            FromWorker::Diverged { generation, step, slice } => {
-                Self::Diverged(pb::SliceDiverged { generation: generation.0, step: step.0, slice: slice.0 })
+            FromWorker::Diverged { generation, step, disputes } => Self::Diverged(pb::Diverged {
+                generation: generation.0,
+                step: step.0,
+                disputes: put_disputes(disputes),
+            }),
+            FromWorker::Settled { generation, disputes } => {
+                Self::Settled(pb::Settled { generation: generation.0, disputes: put_disputes(disputes) })
+            }
+            FromWorker::Corrupt { what } => Self::Corrupt(pb::Corrupt { what: cut(what) }),
+            FromWorker::Vouched { generation, step, sums } => {
+                let sums = put_sums(sums);
+                Self::Vouched(pb::Vouched { generation: generation.0, step: step.0, sums })
             }
             FromWorker::Saved { generation, step, part } => Self::Saved(pb::Saved {
                 generation: generation.0,
@@ -284,6 +305,7 @@ impl From<Report> for pb::Report {
             state: Some((&report.state).into()),
             weights: Some((&report.weights).into()),
             prepared: report.prepared.as_ref().map(Into::into),
+            sums: put_sums(report.sums),
         }
     }
 }
@@ -300,6 +322,7 @@ impl TryFrom<pb::Report> for Report {
             state: slice_set(report.state, "Report.state")?,
             weights: slice_set(report.weights, "Report.weights")?,
             prepared: report.prepared.map(prepared).transpose()?,
+            sums: sums(report.sums, "Report.sums")?,
         })
     }
 }

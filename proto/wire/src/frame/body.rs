@@ -5,9 +5,15 @@
 
 use super::FrameError;
 use crate::limits::{MAX_COUNT, MAX_LANES, MAX_SLICES};
-use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared};
+use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared, SliceVote};
 use caravan_types::slices::MOST_BLOCKS;
-use caravan_types::{Digest, Generation, Lane, MicroId, Node, SliceId, Step, WorkerId};
+use caravan_types::{
+    Checksum, Digest, Generation, Lane, MicroId, Node, Opinion, SliceId, SliceSum, Step, WorkerId,
+};
+
+/// Bytes of a slice's vote without its norms: slice, their number, sums of gradient, weights and
+/// moments, the last one with a mark.
+const SLICE: usize = 4 + 4 + 4 + 4 + 1 + 4;
 
 /// Bytes of a lane's result: lane, loss, tokens.
 const LANE: usize = 4 + 8 + 8;
@@ -47,12 +53,17 @@ fn put_prepared(out: &mut Vec<u8>, prepared: &Prepared) {
     out.extend_from_slice(&prepared.step.0.to_le_bytes());
     out.push(prepared.stop_for.is_some().into());
     out.extend_from_slice(&prepared.stop_for.unwrap_or_default().0.to_le_bytes());
-    out.extend_from_slice(&(prepared.norms.len() as u32).to_le_bytes());
-    for (slice, norms) in &prepared.norms {
+    out.extend_from_slice(&(prepared.slices.len() as u32).to_le_bytes());
+    for SliceVote { slice, norms, gradient, state } in &prepared.slices {
         out.extend_from_slice(&slice.0.to_le_bytes());
         out.extend_from_slice(&(norms.len() as u32).to_le_bytes());
         norms.iter().for_each(|norm| out.extend_from_slice(&norm.to_le_bytes()));
+        out.extend_from_slice(&gradient.0.to_le_bytes());
+        out.extend_from_slice(&state.weights.0.to_le_bytes());
+        out.push(state.moments.is_some().into());
+        out.extend_from_slice(&state.moments.unwrap_or_default().0.to_le_bytes());
     }
+    out.extend_from_slice(&prepared.weights.0.to_le_bytes());
     out.extend_from_slice(&(prepared.lanes.len() as u32).to_le_bytes());
     for LaneResult { lane, loss, tokens } in &prepared.lanes {
         out.extend_from_slice(&lane.to_le_bytes());
@@ -142,18 +153,26 @@ impl<'a> Body<'a> {
             (1, generation) => Some(Generation(generation)),
             _ => return Err(FrameError::Body("stop mark is neither there nor absent")),
         };
-        let norms = (0..self.list(8)?).map(|_| self.norms()).collect::<Result<_, _>>()?;
+        let slices = (0..self.list(SLICE)?).map(|_| self.slice_vote()).collect::<Result<_, _>>()?;
+        let weights = Opinion(self.u64()?);
         let lanes = (0..self.list(LANE)?).map(|_| self.result()).collect::<Result<_, _>>()?;
-        Ok(Prepared { step, norms, lanes, stop_for })
+        Ok(Prepared { step, slices, weights, lanes, stop_for })
     }
 
-    fn norms(&mut self) -> Result<(SliceId, Vec<f64>), FrameError> {
+    fn slice_vote(&mut self) -> Result<SliceVote, FrameError> {
         let slice = self.slice()?;
         let blocks = self.list(8)?;
         if blocks as u64 > MOST_BLOCKS {
             return Err(FrameError::Body("slice has too many blocks"));
         }
-        Ok((slice, (0..blocks).map(|_| self.f64()).collect::<Result<_, _>>()?))
+        let norms = (0..blocks).map(|_| self.f64()).collect::<Result<_, _>>()?;
+        let (gradient, weights) = (Checksum(self.u32()?), Checksum(self.u32()?));
+        let moments = match (self.u8()?, self.u32()?) {
+            (0, 0) => None,
+            (1, sum) => Some(Checksum(sum)),
+            _ => return Err(FrameError::Body("sum of moments is neither there nor absent")),
+        };
+        Ok(SliceVote { slice, norms, gradient, state: SliceSum { weights, moments } })
     }
 
     fn lane(&mut self) -> Result<Lane, FrameError> {

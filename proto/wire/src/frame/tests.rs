@@ -145,7 +145,13 @@ fn a_length_beyond_its_limit_is_refused_before_anything_is_read_for_it() {
 
 #[test]
 fn a_list_that_claims_more_than_there_is_costs_no_memory() {
-    let vote = Prepared { step: Step(1), norms: vec![], lanes: vec![], stop_for: None };
+    let vote = Prepared {
+        step: Step(1),
+        slices: vec![],
+        weights: caravan_types::Opinion(0),
+        lanes: vec![],
+        stop_for: None,
+    };
     let header = FrameHeader { message: PeerMessage::Prepared(vote), ..weights(0) };
     let mut bytes = encode(&header, &[]).unwrap();
     let norms = PREFIX + 17;

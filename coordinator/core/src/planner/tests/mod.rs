@@ -53,7 +53,7 @@ pub(super) fn planned(demand: &Demand, candidates: &[Candidate]) -> Result<Plan,
 }
 
 pub(super) fn after(demand: &Demand, candidates: &[Candidate], before: &[Pipeline]) -> Result<Plan, NoPlan> {
-    plan(demand, &SliceTable::new(&demand.shape), Generation(3), START, candidates, before)
+    plan(demand, &SliceTable::new(&demand.shape), Generation(3), START, candidates, before, &[])
 }
 
 /// The candidates as they are once a plan is healed.
