@@ -64,10 +64,10 @@ pub struct Report {
     /// What the quiet run took.
     pub quiet_seconds: f64,
     /// What the run with faults took.
-    pub seconds: f64,
+    pub chaos_seconds: f64,
     /// The faults that were done.
     pub faults: Vec<Line>,
-    /// Those that the run was over before.
+    /// Those for which it was too late.
     pub not_done: Vec<Fault>,
     /// How long things took.
     pub kinds: BTreeMap<Kind, Times>,
@@ -243,7 +243,7 @@ impl Report {
             quiet: quiet.weights,
             weights,
             quiet_seconds: quiet.time.as_secs_f64(),
-            seconds: observed.wall.as_secs_f64(),
+            chaos_seconds: observed.wall.as_secs_f64(),
             kinds: times(&faults),
             faults,
             not_done: observed.left,
@@ -323,7 +323,7 @@ impl Report {
             notes.try_for_each(|note| writeln!(out, "{:60}{note}", ""))?;
         }
         if !self.not_done.is_empty() {
-            writeln!(out, "the run was over before {} more faults", self.not_done.len())?;
+            writeln!(out, "it was too late for {} more faults", self.not_done.len())?;
         }
         Ok(())
     }
@@ -358,7 +358,7 @@ impl Report {
              were done again; a step takes {}",
             seconds(Some(step))
         )?;
-        writeln!(out, "{:.1} s, of which", self.seconds)?;
+        writeln!(out, "{:.1} s, of which", self.chaos_seconds)?;
         let how = [
             "steps that count, each from the commit before it",
             "from the last commit to the fault that stopped the step, and steps after a way back",

@@ -2,7 +2,7 @@
 //! the caravan is whole again, and notes of what came of each.
 
 use super::inject::{Hands, Wires};
-use super::schedule::Fault;
+use super::schedule::{Act, Fault};
 use super::timeline::{Mark, Timeline};
 use super::told::{Commit, Notes, Told};
 use crate::Failure;
@@ -48,6 +48,9 @@ pub struct Plan {
     pub step: Duration,
     /// A run that is not over by then is stuck.
     pub limit: Duration,
+    /// Once this step is committed, no disk is full any more: the next checkpoint may be the last
+    /// one, and without that a run has not finished.
+    pub last_disk: u64,
 }
 
 /// How the run ended.
@@ -77,7 +80,7 @@ pub struct Observed {
     pub timeline: Timeline,
     /// The faults that were done.
     pub told: Vec<Told>,
-    /// Those that the run was over before.
+    /// Those for which it was too late.
     pub left: Vec<Fault>,
     /// A fault that is over for so long, and that nobody has noticed, will not be.
     pub grace: Duration,
@@ -132,6 +135,8 @@ struct Scene<'a> {
     timeline: Timeline,
     notes: Notes,
     left: VecDeque<Fault>,
+    /// Those that came too late.
+    late: Vec<Fault>,
     /// When the next fault is due, where its step has come.
     due: Option<Instant>,
     acts: JoinSet<(usize, bool)>,
@@ -155,6 +160,7 @@ impl<'a> Scene<'a> {
             timeline: Vec::new(),
             notes,
             left: plan.faults.iter().copied().collect(),
+            late: Vec::new(),
             due: None,
             acts: JoinSet::new(),
             slots: BTreeMap::new(),
@@ -209,6 +215,10 @@ impl<'a> Scene<'a> {
             return None;
         }
         let fault = self.left.pop_front()?;
+        if fault.act == Act::Disk && self.step >= self.plan.last_disk {
+            self.late.push(fault);
+            return None;
+        }
         self.mark(Mark::Fault);
         let worker = self.slots.iter().find(|(_, slot)| **slot == fault.slot).map(|(worker, _)| *worker);
         let when = (self.started.elapsed(), self.step);
@@ -280,7 +290,7 @@ impl<'a> Scene<'a> {
             wall: self.started.elapsed(),
             timeline: self.timeline,
             told: self.notes.told(),
-            left: self.left.into(),
+            left: self.late.into_iter().chain(self.left).collect(),
             grace: self.hands.detect * UNNOTICED,
         }
     }

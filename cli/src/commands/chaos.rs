@@ -106,8 +106,14 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     };
 
     let detect = chaos.settings.cluster.timing.detect();
+    let every = chaos.settings.cluster.checkpoint_every;
     let plan = Plan {
         faults: schedule(&request),
+        last_disk: request
+            .steps
+            .saturating_sub(1)
+            .checked_div(every)
+            .map_or(0, |checkpoints| checkpoints * every),
         pile_up: args.pile_up,
         step: quiet.time.div_f64(request.steps.max(1) as f64),
         limit: args.patience.map_or_else(|| limit(quiet.time, detect, request.faults), Duration::from_secs),
