@@ -89,6 +89,8 @@ pub(crate) struct Driver<S> {
     incomplete: VecDeque<(Generation, Step, Vec<SavedPart>)>,
     /// The one that is being completed.
     saving: JoinSet<Input>,
+    /// The search for an intact checkpoint, which reads all of it.
+    finding: JoinSet<Input>,
     trace: Trace,
     shown: Shown,
     /// Whether the store or the ledger failed.
@@ -109,9 +111,20 @@ impl<S: Store> Driver<S> {
         let trace = Trace::new(&parts.welcome.spec);
         let shown = Shown { at: parts.origin, what: (Phase::Gathering, Generation(0), None), stale: true };
         let (links, slow, asking, saving) = (BTreeMap::new(), Vec::new(), None, JoinSet::new());
-        let incomplete = VecDeque::new();
-        let driver =
-            Self { parts, mailbox, links, slow, asking, incomplete, saving, trace, shown, broken: false };
+        let (incomplete, finding) = (VecDeque::new(), JoinSet::new());
+        let driver = Self {
+            parts,
+            mailbox,
+            links,
+            slow,
+            asking,
+            incomplete,
+            saving,
+            finding,
+            trace,
+            shown,
+            broken: false,
+        };
         (driver, requests)
     }
 
@@ -182,6 +195,7 @@ impl<S: Store> Driver<S> {
                     self.complete_next();
                     return Ok(completed);
                 }
+                Some(Ok(found)) = self.finding.join_next() => return Ok(found),
                 () = sleep_until(deadline.unwrap_or(show)), if deadline.is_some() => return Ok(Input::Tick),
                 () = sleep_until(show), if self.shown.stale => self.publish().await,
             }
@@ -274,6 +288,12 @@ impl<S: Store> Driver<S> {
             Output::Complete { generation, step, parts } => {
                 self.incomplete.push_back((generation, step, parts));
                 self.complete_next();
+            }
+            Output::Find { until } => {
+                let checkpoints = Arc::clone(&self.parts.checkpoints);
+                self.finding.spawn(async move {
+                    Input::Found { until, found: checkpoints.newest_until(until).await }
+                });
             }
             Output::Note(event) => {
                 self.trace.happened(&event);

@@ -163,6 +163,50 @@ fn last_step(place: &Place) -> u64 {
 }
 
 #[test]
+fn a_checkpoint_that_is_damaged_after_it_was_chosen_is_passed_over_and_without_another_one_the_run_ends() {
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=150"];
+    let quiet = place.train("quiet", &set).end().weights();
+    drained(&place, &set);
+    let mut coordinating = coordinator(&place, "cluster.listen=\"127.0.0.1:0\"", &set);
+    coordinating.wait_for("workers join with");
+    std::fs::write(newest_checkpoint(&place).join("part-w1.safetensors"), "rot").unwrap();
+    let workers = three_workers(&place);
+    coordinating.wait_for("cannot load the checkpoint of step");
+    coordinating.wait_for("the run goes back from step");
+    assert!(coordinating.end().status.success());
+    workers.into_iter().for_each(|worker| assert!(worker.end().status.success()));
+    assert_eq!(place.train("run", &set).end().weights(), quiet);
+
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=150", "--set", "cluster.checkpoint_every=0"];
+    drained(&place, &set);
+    let mut coordinating = coordinator(&place, "cluster.listen=\"127.0.0.1:0\"", &set);
+    coordinating.wait_for("workers join with");
+    std::fs::remove_dir_all(newest_checkpoint(&place)).unwrap();
+    let workers = three_workers(&place);
+    let ended = coordinating.end();
+    assert!(ended.error().contains("and there is no other one that is intact"), "{ended:?}");
+    for worker in workers {
+        assert!(worker.end().error().contains("the run cannot go on"));
+    }
+}
+
+/// A run that was stopped in the middle, with a checkpoint.
+fn drained(place: &Place, set: &[&str]) {
+    let train = place.train("run", set);
+    place.reach("run", 21);
+    train.signal("INT");
+    let ended = train.end();
+    assert!(ended.stderr.contains("stopped at step"), "{ended:?}");
+}
+
+fn newest_checkpoint(place: &Place) -> std::path::PathBuf {
+    let folders = std::fs::read_dir(place.dir.path().join("run/checkpoints")).unwrap();
+    folders.map(|folder| folder.unwrap().path()).max().unwrap()
+}
+
+#[test]
 fn an_audit_proves_a_run_that_went_back_and_finds_what_was_done_to_its_ledger() {
     let place = Place::new();
     let train = place.train("run", &[]);

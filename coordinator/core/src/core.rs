@@ -1,6 +1,7 @@
 //! The coordinator's state and its transitions.
 
 use crate::accused::Accusations;
+use crate::fallback::Fallback;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
 use crate::pace::Balance;
@@ -46,6 +47,7 @@ pub struct Core {
     committed: Option<Committed>,
     pub(crate) checkpoint: Option<Step>,
     pub(crate) saves: Saves,
+    pub(crate) fallback: Fallback,
     pub(crate) accusations: Accusations,
     pub(crate) balance: Balance,
     divergences: u32,
@@ -89,6 +91,7 @@ impl Core {
             committed: restored.committed,
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
+            fallback: Fallback::default(),
             accusations: Accusations::default(),
             balance: Balance::default(),
             divergences: 0,
@@ -128,6 +131,7 @@ impl Core {
             Input::Completed { generation, step, result } => {
                 self.completed(now, generation, step, result, out)
             }
+            Input::Found { until, found } => self.found(now, until, found, out),
             Input::Drain => self.drain(now, out),
             Input::Tick => self.tick(now, out),
         }
@@ -248,6 +252,9 @@ impl Core {
                 self.diverged(now, worker, generation, step, out)
             }
             FromWorker::Saved { generation, step, part } => self.saved(now, generation, step, part, out),
+            FromWorker::LoadFailed { generation, step, reason } => {
+                self.load_failed(now, worker, (generation, step), reason, out)
+            }
             FromWorker::Leaving => {
                 known.leaving = true;
                 self.consider(now, out);
@@ -430,8 +437,11 @@ impl Core {
     }
 
     /// Once everybody has reported: goes on with a new plan, or saves and ends.
-    fn decide(&mut self, now: Millis, out: &mut Vec<Output>) {
+    pub(crate) fn decide(&mut self, now: Millis, out: &mut Vec<Output>) {
         let Some(reports) = self.members.reports(self.generation) else { return };
+        if self.fallback.is_looking() {
+            return;
+        }
         let mut agreement =
             regroup::agree(&reports, self.committed.as_ref(), self.checkpoint, self.table.len());
         if mutant!(self, HealFromAnotherStep) {
@@ -446,7 +456,10 @@ impl Core {
         if (self.draining || nobody_stays) && agreement.settled {
             return self.save(now, &agreement, out);
         }
-        self.adopt(now, agreement, out);
+        match self.fallback.falls_back(&mut agreement, self.checkpoint) {
+            Ok(()) => self.adopt(now, agreement, out),
+            Err(reason) => self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out),
+        }
     }
 
     /// Makes a plan of an agreement and puts it in force.

@@ -51,6 +51,7 @@ impl Core {
                 out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
             }
             self.consider(now, out);
+            self.load_failed_before(now, out);
         } else if self.members.is_empty() {
             self.empty(out);
         } else {

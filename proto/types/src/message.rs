@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
 /// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.
@@ -156,6 +156,15 @@ pub enum FromWorker {
         step: Step,
         /// The part, or the reason.
         part: Result<SavedPart, String>,
+    },
+    /// The checkpoint that the plan starts from could not be loaded.
+    LoadFailed {
+        /// The plan's generation.
+        generation: Generation,
+        /// The checkpoint's step.
+        step: Step,
+        /// Why.
+        reason: String,
     },
     /// The worker was asked to go and wants to, at a step boundary.
     Leaving,

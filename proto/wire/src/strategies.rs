@@ -183,6 +183,11 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         }),
         (generation(), step(), saved_part().prop_map(Ok).boxed().prop_union(text().prop_map(Err).boxed()))
             .prop_map(|(generation, step, part)| FromWorker::Saved { generation, step, part }),
+        (generation(), step(), text()).prop_map(|(generation, step, reason)| FromWorker::LoadFailed {
+            generation,
+            step,
+            reason
+        }),
         Just(FromWorker::Leaving),
     ]
 }
@@ -293,8 +298,16 @@ pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
 
 fn event() -> impl Strategy<Value = Event> {
     use LossReason::*;
-    let reason =
-        prop::sample::select(vec![SessionClosed, Silent, Left, Misbehaved, NotBack, Hung, Unreachable]);
+    let reason = prop::sample::select(vec![
+        SessionClosed,
+        Silent,
+        Left,
+        Misbehaved,
+        NotBack,
+        Hung,
+        Unreachable,
+        CannotLoad,
+    ]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
         (worker(), text()).prop_map(|(worker, name)| Event::Reattached { worker, name }),
@@ -322,6 +335,11 @@ fn event() -> impl Strategy<Value = Event> {
         step().prop_map(|step| Event::CheckpointWritten { step }),
         (step(), text()).prop_map(|(step, reason)| Event::CheckpointFailed { step, reason }),
         (text(), text()).prop_map(|(name, reason)| Event::CheckpointRefused { name, reason }),
+        (worker(), step(), text()).prop_map(|(worker, step, reason)| Event::LoadFailed {
+            worker,
+            step,
+            reason
+        }),
         (step(), worker()).prop_map(|(step, worker)| Event::Diverged { step, worker }),
         Just(Event::Draining),
         step().prop_map(|step| Event::Drained { step }),

@@ -25,6 +25,8 @@ pub(crate) struct Memory {
     lost: BTreeSet<WorkerId>,
     /// [`FromWorker::Diverged`], where the generation in force cannot go on because of it.
     diverged: Option<FromWorker>,
+    /// [`FromWorker::LoadFailed`], where the generation in force cannot begin because of it.
+    load_failed: Option<FromWorker>,
     leaving: bool,
 }
 
@@ -33,6 +35,7 @@ impl Memory {
     pub(crate) fn start(&mut self) {
         self.lost.clear();
         self.diverged = None;
+        self.load_failed = None;
     }
 
     pub(crate) fn committed(&mut self, committed: Committed) {
@@ -57,6 +60,10 @@ impl Memory {
         self.diverged = Some(message);
     }
 
+    pub(crate) fn load_failed(&mut self, message: FromWorker) {
+        self.load_failed = Some(message);
+    }
+
     pub(crate) fn leaving(&mut self) {
         self.leaving = true;
     }
@@ -68,7 +75,8 @@ impl Memory {
         out.extend(self.parts.iter().cloned().map(Output::Tell));
         if let Some(generation) = generation {
             let lost = self.lost.iter().map(|&peer| FromWorker::PeerLost { generation, peer });
-            out.extend(lost.chain(self.diverged.clone()).map(Output::Tell));
+            let failed = self.diverged.iter().chain(&self.load_failed).cloned();
+            out.extend(lost.chain(failed).map(Output::Tell));
         }
         if self.leaving {
             out.push(Output::Tell(FromWorker::Leaving));

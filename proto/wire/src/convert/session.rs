@@ -54,6 +54,11 @@ impl TryFrom<pb::FromWorker> for Up {
                 slice: limits::slice(diverged.slice, "SliceDiverged.slice")?,
             },
             Message::Saved(saved) => saved.try_into()?,
+            Message::LoadFailed(failed) => FromWorker::LoadFailed {
+                generation: limits::generation(failed.generation, "LoadFailed.generation")?,
+                step: limits::step(failed.step, "LoadFailed.step")?,
+                reason: text(failed.reason, "LoadFailed.reason")?,
+            },
             Message::Leaving(pb::Leaving {}) => FromWorker::Leaving,
         }))
     }
@@ -86,6 +91,11 @@ impl From<FromWorker> for from_worker::Message {
                     Ok(part) => pb::saved::Outcome::Part(part.into()),
                     Err(reason) => pb::saved::Outcome::Failure(cut(reason)),
                 }),
+            }),
+            FromWorker::LoadFailed { generation, step, reason } => Self::LoadFailed(pb::LoadFailed {
+                generation: generation.0,
+                step: step.0,
+                reason: cut(reason),
             }),
             FromWorker::Leaving => Self::Leaving(pb::Leaving {}),
         }
