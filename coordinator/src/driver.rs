@@ -14,7 +14,7 @@ use crate::ledger::{Ledger, LedgerError};
 use crate::store::Store;
 use crate::trace::Trace;
 use caravan_coordinator_core::{Core, Input, Millis, Output, Record, Session};
-use caravan_types::message::{Farewell, FromWorker, Hello, Refusal, ToWorker, Welcome};
+use caravan_types::message::{Farewell, FromWorker, Hello, ToWorker, Welcome};
 use caravan_types::status::{Event, Phase};
 use caravan_types::task::SavedPart;
 use caravan_types::{Generation, Step, WorkerId};
@@ -374,7 +374,7 @@ impl<S: Store> Driver<S> {
             match request {
                 Request::Hello { outbox, .. } => {
                     // The queue is new and has room.
-                    let _gone = outbox.try_send(Ok(Down::Refused(Refusal::NotTaking)));
+                    let _gone = outbox.try_send(Ok(Down::Refused(self.parts.core.not_taking())));
                 }
                 Request::Closed { session } => drop(self.links.remove(&session)),
                 Request::Drain { reply } => {

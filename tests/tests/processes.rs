@@ -127,6 +127,44 @@ fn a_coordinator_and_a_worker_that_die_together_cost_one_regrouping_and_no_step(
     sound(&place);
 }
 
+#[test]
+fn a_coordinator_that_is_started_on_a_finished_run_tells_its_workers_so_and_they_end_well() {
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=400", "--set", "cluster.checkpoint_every=0"];
+    assert!(place.train("quiet", &set).end().status.success());
+    let listen = format!("cluster.listen=\"{}\"", free_address());
+    let start = || coordinator(&place, &listen, &set);
+    let (mut first, workers) = (start(), three_workers(&place));
+    first.wait_for("with 3 workers");
+    place.reach("run", 20);
+    first.signal("KILL");
+    drop(first);
+    // As if it had died right after it completed the last checkpoint.
+    let last = "checkpoints/step-00000400";
+    std::fs::create_dir_all(place.dir.path().join("run").join(last)).unwrap();
+    for file in std::fs::read_dir(place.dir.path().join("quiet").join(last)).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), place.dir.path().join("run").join(last).join(file.file_name())).unwrap();
+    }
+    std::fs::copy(place.dir.path().join("quiet/ledger.jsonl"), place.dir.path().join("run/ledger.jsonl"))
+        .unwrap();
+
+    let mut second = start();
+    second.wait_for("this run is finished already");
+    for worker in workers {
+        let ended = worker.end();
+        assert!(ended.status.success() && ended.stderr.contains("the run is finished"), "{ended:?}");
+    }
+    assert!(second.end().status.success());
+
+    // Nobody is known to look for it any more, and it ends all the same.
+    let mut third = start();
+    third.wait_for("this run is finished already");
+    let late = place.run(&["worker", "--join", &place.address("run").unwrap()]);
+    assert!(late.status.success() && late.stderr.contains("the run is finished"), "{late:?}");
+    assert!(third.end().status.success());
+}
+
 /// A coordinator alone, at an address where its workers find it again.
 fn coordinator(place: &Place, listen: &str, set: &[&str]) -> Running {
     let all = [&["coordinator", "run.toml", "--run", "run", "--set", listen][..], set].concat();

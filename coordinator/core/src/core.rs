@@ -70,6 +70,7 @@ impl Core {
         let plan = restored.plan.filter(|plan| plan.generation <= restored.generation);
         let awaited: BTreeSet<WorkerId> =
             plan.iter().flat_map(|plan| &plan.members).map(|m| m.worker).collect();
+        let finished = restored.checkpoint.is_some_and(|step| step.0 >= config.steps);
         let demand = Demand {
             shape: config.shape.clone(),
             batch: config.batch,
@@ -78,11 +79,15 @@ impl Core {
             link_bytes_per_s: planner::LINK_BYTES_PER_S,
         };
         Self {
-            deadline: plan.as_ref().map(|_| now + millis(config.timing.reattach())),
+            deadline: (finished || plan.is_some()).then(|| now + millis(config.timing.reattach())),
             config,
             demand,
             table,
-            phase: if plan.is_some() { Phase::Recovering } else { Phase::Gathering },
+            phase: match &plan {
+                _ if finished => Phase::Finished,
+                Some(_) => Phase::Recovering,
+                None => Phase::Gathering,
+            },
             members: Members::default(),
             next_worker: restored.next_worker.max(1),
             generation: restored.generation,
@@ -115,10 +120,7 @@ impl Core {
     /// Takes one input; what is to be done about it is appended to `out`, in order.
     pub fn handle(&mut self, now: Millis, input: Input, out: &mut Vec<Output>) {
         if self.over() {
-            if let Input::Hello { session, .. } = input {
-                out.push(Output::Refuse { session, refusal: Refusal::NotTaking });
-            }
-            return;
+            return self.turn_away(now, input, out);
         }
         match input {
             Input::Hello { session, hello } => self.hello(now, session, hello, out),
@@ -141,7 +143,7 @@ impl Core {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
         if self.over() {
-            return None;
+            return self.deadline;
         }
         let silence = millis(self.config.timing.silence());
         let silent = self.members.iter().map(|(_, w)| w.heard + silence).min();
@@ -199,7 +201,7 @@ impl Core {
         self.members.iter().map(status).collect()
     }
 
-    fn over(&self) -> bool {
+    pub(crate) fn over(&self) -> bool {
         matches!(self.phase, Phase::Drained | Phase::Finished | Phase::Failed)
     }
 

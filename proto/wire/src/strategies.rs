@@ -137,6 +137,7 @@ pub(crate) fn refusal() -> impl Strategy<Value = Refusal> {
     prop_oneof![
         any::<(u32, u32)>().prop_map(|(ours, theirs)| Refusal::Protocol { ours, theirs }),
         (text(), vec(text(), 0..3)).prop_map(|(needed, offered)| Refusal::Numerics { needed, offered }),
+        Just(Refusal::Finished),
         Just(Refusal::NotTaking),
         (worker(), generation()).prop_map(|(worker, generation)| Refusal::Fenced { worker, generation }),
     ]

@@ -256,6 +256,7 @@ impl From<Refusal> for pb::Refusal {
                 Refusal::Numerics { needed, offered } => {
                     Reason::Numerics(pb::NumericsRefusal { needed, offered })
                 }
+                Refusal::Finished => Reason::Finished(pb::RunFinished {}),
                 Refusal::NotTaking => Reason::NotTaking(pb::NotTaking {}),
                 Refusal::Fenced { worker, generation } => {
                     Reason::Fenced(pb::FencedRefusal { worker: worker.0, generation: generation.0 })
@@ -276,6 +277,7 @@ impl TryFrom<pb::Refusal> for Refusal {
                 needed: text(refusal.needed, "NumericsRefusal.needed")?,
                 offered: texts(refusal.offered, "NumericsRefusal.offered")?,
             },
+            Reason::Finished(pb::RunFinished {}) => Self::Finished,
             Reason::NotTaking(pb::NotTaking {}) => Self::NotTaking,
             Reason::Fenced(pb::FencedRefusal { worker, generation }) => Self::Fenced {
                 worker: limits::worker(worker, "FencedRefusal.worker")?,
