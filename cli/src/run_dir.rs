@@ -311,7 +311,8 @@ fn write(path: &Path, content: &[u8]) -> Result<(), RunDirError> {
 }
 
 /// The keys in which two run specs differ.
-fn differences(there: &RunSpec, here: &RunSpec) -> Vec<Difference> {
+#[must_use]
+pub fn differences(there: &RunSpec, here: &RunSpec) -> Vec<Difference> {
     let (there, here) = (flat(there), flat(here));
     let keys = there.keys().chain(here.keys().filter(|k| !there.contains_key(*k)));
     let value =

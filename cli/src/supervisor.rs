@@ -262,13 +262,14 @@ fn spawn(worker: &Worker, slot: u32, log: &Path) -> io::Result<Child> {
 }
 
 /// How a process ended, and whether it helps to start it again; nothing where it did what it
-/// was told.
+/// was told: also where the run cannot go on, as the coordinator says why.
 fn outcome(status: io::Result<ExitStatus>) -> Option<(String, bool)> {
+    let told = [Exit::Good, Exit::RunFailed].map(|e| e as i32);
     match status {
         Err(e) => Some((format!("could not be waited for: {e}"), false)),
-        Ok(status) if status.code() == Some(Exit::Good as i32) => None,
+        Ok(status) if status.code().is_some_and(|c| told.contains(&c)) => None,
         Ok(status) => {
-            let hopeless = [Exit::Usage, Exit::Refused, Exit::RunFailed].map(|e| e as i32);
+            let hopeless = [Exit::Usage, Exit::Refused].map(|e| e as i32);
             let again = !status.code().is_some_and(|c| hopeless.contains(&c));
             Some((format!("ended ({status})"), again))
         }

@@ -37,4 +37,28 @@ impl Checkpoints {
         };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()))
     }
+
+    /// The newest intact one of this run that is not after `until`. Reads all of it.
+    pub(crate) async fn newest_until(self: Arc<Self>, until: Step) -> Result<Option<Step>, String> {
+        let work = move || {
+            let mut until = until;
+            // Every turn goes back one checkpoint.
+            loop {
+                let found = caravan_checkpoint::newest_intact_until(&self.root, Some(until));
+                let found = found.map_err(|error| error.to_string())?;
+                for refused in found.refused {
+                    tracing::warn!(name = refused.name, reason = %refused.reason, "a damaged checkpoint was passed over");
+                }
+                let Some(checkpoint) = found.checkpoint else { return Ok(None) };
+                let step = checkpoint.manifest().step;
+                if checkpoint.manifest().spec == self.spec {
+                    return Ok(Some(step));
+                }
+                tracing::warn!(step = step.0, "a checkpoint of another run was passed over");
+                let Some(before) = step.0.checked_sub(1) else { return Ok(None) };
+                until = Step(before);
+            }
+        };
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()))
+    }
 }

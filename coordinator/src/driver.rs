@@ -14,7 +14,7 @@ use crate::ledger::{Ledger, LedgerError};
 use crate::store::Store;
 use crate::trace::Trace;
 use caravan_coordinator_core::{Core, Input, Millis, Output, Record, Session};
-use caravan_types::message::{Farewell, FromWorker, Hello, Refusal, ToWorker, Welcome};
+use caravan_types::message::{Farewell, FromWorker, Hello, ToWorker, Welcome};
 use caravan_types::status::{Event, Phase};
 use caravan_types::task::SavedPart;
 use caravan_types::{Generation, Step, WorkerId};
@@ -89,6 +89,8 @@ pub(crate) struct Driver<S> {
     incomplete: VecDeque<(Generation, Step, Vec<SavedPart>)>,
     /// The one that is being completed.
     saving: JoinSet<Input>,
+    /// The search for an intact checkpoint, which reads all of it.
+    finding: JoinSet<Input>,
     trace: Trace,
     shown: Shown,
     /// Whether the store or the ledger failed.
@@ -109,9 +111,20 @@ impl<S: Store> Driver<S> {
         let trace = Trace::new(&parts.welcome.spec);
         let shown = Shown { at: parts.origin, what: (Phase::Gathering, Generation(0), None), stale: true };
         let (links, slow, asking, saving) = (BTreeMap::new(), Vec::new(), None, JoinSet::new());
-        let incomplete = VecDeque::new();
-        let driver =
-            Self { parts, mailbox, links, slow, asking, incomplete, saving, trace, shown, broken: false };
+        let (incomplete, finding) = (VecDeque::new(), JoinSet::new());
+        let driver = Self {
+            parts,
+            mailbox,
+            links,
+            slow,
+            asking,
+            incomplete,
+            saving,
+            finding,
+            trace,
+            shown,
+            broken: false,
+        };
         (driver, requests)
     }
 
@@ -182,6 +195,7 @@ impl<S: Store> Driver<S> {
                     self.complete_next();
                     return Ok(completed);
                 }
+                Some(Ok(found)) = self.finding.join_next() => return Ok(found),
                 () = sleep_until(deadline.unwrap_or(show)), if deadline.is_some() => return Ok(Input::Tick),
                 () = sleep_until(show), if self.shown.stale => self.publish().await,
             }
@@ -275,6 +289,12 @@ impl<S: Store> Driver<S> {
                 self.incomplete.push_back((generation, step, parts));
                 self.complete_next();
             }
+            Output::Find { until } => {
+                let checkpoints = Arc::clone(&self.parts.checkpoints);
+                self.finding.spawn(async move {
+                    Input::Found { until, found: checkpoints.newest_until(until).await }
+                });
+            }
             Output::Note(event) => {
                 self.trace.happened(&event);
                 self.parts.journal.happened(event, self.step()).await;
@@ -354,7 +374,7 @@ impl<S: Store> Driver<S> {
             match request {
                 Request::Hello { outbox, .. } => {
                     // The queue is new and has room.
-                    let _gone = outbox.try_send(Ok(Down::Refused(Refusal::NotTaking)));
+                    let _gone = outbox.try_send(Ok(Down::Refused(self.parts.core.not_taking())));
                 }
                 Request::Closed { session } => drop(self.links.remove(&session)),
                 Request::Drain { reply } => {

@@ -42,6 +42,7 @@ impl Trace {
             | Event::RolledBack { .. }
             | Event::CheckpointFailed { .. }
             | Event::CheckpointRefused { .. }
+            | Event::LoadFailed { .. }
             | Event::Diverged { .. }
             | Event::Failed { .. }
             | Event::NoPlan { .. } => warn!(parent: span, "{event}"),

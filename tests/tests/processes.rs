@@ -127,6 +127,44 @@ fn a_coordinator_and_a_worker_that_die_together_cost_one_regrouping_and_no_step(
     sound(&place);
 }
 
+#[test]
+fn a_coordinator_that_is_started_on_a_finished_run_tells_its_workers_so_and_they_end_well() {
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=400", "--set", "cluster.checkpoint_every=0"];
+    assert!(place.train("quiet", &set).end().status.success());
+    let listen = format!("cluster.listen=\"{}\"", free_address());
+    let start = || coordinator(&place, &listen, &set);
+    let (mut first, workers) = (start(), three_workers(&place));
+    first.wait_for("with 3 workers");
+    place.reach("run", 20);
+    first.signal("KILL");
+    drop(first);
+    // As if it had died right after it completed the last checkpoint.
+    let last = "checkpoints/step-00000400";
+    std::fs::create_dir_all(place.dir.path().join("run").join(last)).unwrap();
+    for file in std::fs::read_dir(place.dir.path().join("quiet").join(last)).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), place.dir.path().join("run").join(last).join(file.file_name())).unwrap();
+    }
+    std::fs::copy(place.dir.path().join("quiet/ledger.jsonl"), place.dir.path().join("run/ledger.jsonl"))
+        .unwrap();
+
+    let mut second = start();
+    second.wait_for("this run is finished already");
+    for worker in workers {
+        let ended = worker.end();
+        assert!(ended.status.success() && ended.stderr.contains("the run is finished"), "{ended:?}");
+    }
+    assert!(second.end().status.success());
+
+    // Nobody is known to look for it any more, and it ends all the same.
+    let mut third = start();
+    third.wait_for("this run is finished already");
+    let late = place.run(&["worker", "--join", &place.address("run").unwrap()]);
+    assert!(late.status.success() && late.stderr.contains("the run is finished"), "{late:?}");
+    assert!(third.end().status.success());
+}
+
 /// A coordinator alone, at an address where its workers find it again.
 fn coordinator(place: &Place, listen: &str, set: &[&str]) -> Running {
     let all = [&["coordinator", "run.toml", "--run", "run", "--set", listen][..], set].concat();
@@ -160,6 +198,50 @@ fn last_step(place: &Place) -> u64 {
     let text = std::fs::read_to_string(place.dir.path().join("run/metrics.jsonl")).unwrap();
     let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
     lines.filter_map(|v| v["step"].as_u64()).next_back().unwrap()
+}
+
+#[test]
+fn a_checkpoint_that_is_damaged_after_it_was_chosen_is_passed_over_and_without_another_one_the_run_ends() {
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=150"];
+    let quiet = place.train("quiet", &set).end().weights();
+    drained(&place, &set);
+    let mut coordinating = coordinator(&place, "cluster.listen=\"127.0.0.1:0\"", &set);
+    coordinating.wait_for("workers join with");
+    std::fs::write(newest_checkpoint(&place).join("part-w1.safetensors"), "rot").unwrap();
+    let workers = three_workers(&place);
+    coordinating.wait_for("cannot load the checkpoint of step");
+    coordinating.wait_for("the run goes back from step");
+    assert!(coordinating.end().status.success());
+    workers.into_iter().for_each(|worker| assert!(worker.end().status.success()));
+    assert_eq!(place.train("run", &set).end().weights(), quiet);
+
+    let place = Place::new();
+    let set = ["--set", "recipe.steps=150", "--set", "cluster.checkpoint_every=0"];
+    drained(&place, &set);
+    let mut coordinating = coordinator(&place, "cluster.listen=\"127.0.0.1:0\"", &set);
+    coordinating.wait_for("workers join with");
+    std::fs::remove_dir_all(newest_checkpoint(&place)).unwrap();
+    let workers = three_workers(&place);
+    let ended = coordinating.end();
+    assert!(ended.error().contains("and there is no other one that is intact"), "{ended:?}");
+    for worker in workers {
+        assert!(worker.end().error().contains("the run cannot go on"));
+    }
+}
+
+/// A run that was stopped in the middle, with a checkpoint.
+fn drained(place: &Place, set: &[&str]) {
+    let train = place.train("run", set);
+    place.reach("run", 21);
+    train.signal("INT");
+    let ended = train.end();
+    assert!(ended.stderr.contains("stopped at step"), "{ended:?}");
+}
+
+fn newest_checkpoint(place: &Place) -> std::path::PathBuf {
+    let folders = std::fs::read_dir(place.dir.path().join("run/checkpoints")).unwrap();
+    folders.map(|folder| folder.unwrap().path()).max().unwrap()
 }
 
 #[test]

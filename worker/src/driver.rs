@@ -107,7 +107,12 @@ impl Driver {
                 let engine = self.engine.progress();
                 self.session.tell(FromWorker::Heartbeat { applied, activity, wait, engine });
             }
-            Output::Tell(message) => self.session.tell(message),
+            Output::Tell(message) => {
+                if let FromWorker::LoadFailed { step, reason, .. } = &message {
+                    tracing::error!(step = step.0, reason, "cannot load the checkpoint");
+                }
+                self.session.tell(message);
+            }
             Output::Fence(generation) => {
                 self.engine.fence(generation);
                 self.fabric.fence(generation);

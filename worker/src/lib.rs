@@ -31,7 +31,7 @@ pub use caravan_engine::Flaw;
 pub use error::{Exit, WorkerError};
 
 use caravan_kernels::Family;
-use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION, Welcome};
+use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION, Refusal, Welcome};
 use caravan_types::{Digest, RunSpec, SliceTable, Timing};
 use caravan_worker_core::{Config, Core};
 use driver::Driver;
@@ -84,6 +84,14 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
 /// # Errors
 /// As [`run`].
 pub async fn run_with(options: Options, flaws: mpsc::Receiver<Flaw>) -> Result<Farewell, WorkerError> {
+    match work(options, flaws).await {
+        // A coordinator that was started again on a finished run says it so.
+        Err(WorkerError::Refused(Refusal::Finished)) => Ok(Farewell::Finished),
+        ended => ended,
+    }
+}
+
+async fn work(options: Options, flaws: mpsc::Receiver<Flaw>) -> Result<Farewell, WorkerError> {
     let mut signals = Signals::listen().map_err(WorkerError::Start)?;
     let unheard = |source| WorkerError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(unheard)?;

@@ -1,8 +1,9 @@
 //! Doing it: signals to processes, valves in their connections, limits on their files.
 
-use super::proxy::Proxy;
-use super::schedule::{Act, Cut, Fault};
-use crate::supervisor::{Network, Order, Orders};
+use super::proxy::{Before, Network, Proxy, Way};
+use super::schedule::{Act, Fault};
+use crate::supervisor::{self, Order, Orders};
+use caravan_types::WorkerId;
 use rustix::process::Signal;
 use std::io;
 use std::net::SocketAddr;
@@ -16,63 +17,70 @@ use tokio::time::sleep;
 /// than a part of any checkpoint.
 const FULL: u64 = 32 << 10;
 
-/// The network between a worker and everybody else.
+/// The network between the workers and the coordinator, and between workers.
 #[derive(Debug)]
 pub struct Wires {
+    network: watch::Sender<Network>,
+    workers: Vec<Wire>,
+}
+
+/// One worker's part of it.
+#[derive(Debug)]
+struct Wire {
     fabric: Proxy,
     session: Proxy,
     listen: SocketAddr,
 }
 
 impl Wires {
-    /// Wires for one worker of this coordinator.
+    /// Wires for so many workers of this coordinator.
     ///
     /// # Errors
     /// Where there are no ports.
-    pub async fn start(slot: u32, coordinator: SocketAddr) -> io::Result<Self> {
-        // The worker listens where it is told, start after start, so that the proxy knows where.
-        // Connections come from 127.0.0.1; on a loopback address of this process and slot, no
-        // port is taken by one of them while the worker is dead.
-        let process = std::process::id();
-        let address = [127, 1 + (process % 250) as u8, (process / 250 % 250) as u8, 1 + (slot % 250) as u8];
-        let listen = TcpListener::bind(SocketAddr::from((address, 0))).await?.local_addr()?;
-        Ok(Self { fabric: Proxy::start(listen).await?, session: Proxy::start(coordinator).await?, listen })
-    }
-
-    /// Where the worker finds the coordinator.
-    #[must_use]
-    pub fn coordinator(&self) -> SocketAddr {
-        self.session.address()
-    }
-
-    /// Where the worker listens, and where others find it.
-    #[must_use]
-    pub fn network(&self) -> Network {
-        Network { listen: self.listen, advertise: self.fabric.address() }
-    }
-
-    fn cut(&self, cut: Cut) {
-        let all = cut == Cut::Everything;
-        if all || cut == Cut::Fabric {
-            // Who dials sends and the other end only listens, so one direction is all there is.
-            self.fabric.set(false, false);
+    pub async fn start(workers: u32, coordinator: SocketAddr) -> io::Result<Self> {
+        let (network, watched) = watch::channel(Network::default());
+        let mut wires = Self { network, workers: Vec::new() };
+        for slot in 1..=workers {
+            // The worker listens where it is told, start after start, so that the proxy knows
+            // where. Connections come from 127.0.0.1; on a loopback address of this process and
+            // slot, no port is taken by one of them while the worker is dead.
+            let process = std::process::id();
+            let address =
+                [127, 1 + (process % 250) as u8, (process / 250 % 250) as u8, 1 + (slot % 250) as u8];
+            let listen = TcpListener::bind(SocketAddr::from((address, 0))).await?.local_addr()?;
+            let fabric = Proxy::start(listen, Before::Worker(slot), watched.clone()).await?;
+            let session =
+                Proxy::start(coordinator, Before::Coordinator { from: slot }, watched.clone()).await?;
+            wires.workers.push(Wire { fabric, session, listen });
         }
-        if cut != Cut::Fabric {
-            let (up, down) = (all || cut == Cut::ToCoordinator, all || cut == Cut::FromCoordinator);
-            self.session.set(!up, !down);
-        }
+        Ok(wires)
     }
 
-    fn mend(&self, cut: Cut, breaks: bool) {
-        for (proxy, was_cut) in [
-            (&self.fabric, matches!(cut, Cut::Fabric | Cut::Everything)),
-            (&self.session, cut != Cut::Fabric),
-        ] {
-            if breaks && was_cut {
-                proxy.break_all();
+    /// For each worker: where it finds the coordinator, where it listens, and where others find
+    /// it.
+    pub fn addresses(&self) -> impl Iterator<Item = (SocketAddr, supervisor::Network)> {
+        self.workers.iter().map(|Wire { fabric, session, listen }| {
+            let network = supervisor::Network { listen: *listen, advertise: fabric.address() };
+            (session.address(), network)
+        })
+    }
+
+    /// A worker is the process of this slot.
+    pub fn joined(&self, worker: WorkerId, slot: u32) {
+        self.network.send_modify(|network| network.joined(worker, slot));
+    }
+
+    fn cut(&self, ways: &[Way]) {
+        self.network.send_modify(|network| network.cut(ways));
+    }
+
+    fn mend(&self, ways: &[Way], breaks: bool) {
+        self.network.send_modify(|network| {
+            if breaks {
+                network.break_all(ways);
             }
-            proxy.set(true, true);
-        }
+            network.mend(ways);
+        });
     }
 }
 
@@ -81,8 +89,8 @@ impl Wires {
 pub struct Hands {
     /// To the processes.
     pub orders: Orders,
-    /// Of each worker, from the first slot on.
-    pub wires: Arc<Vec<Wires>>,
+    /// Between the processes.
+    pub wires: Arc<Wires>,
     /// The failure budget.
     pub detect: Duration,
     /// The step of the newest checkpoint that was tried: written, or failed.
@@ -115,10 +123,10 @@ impl Hands {
                 reached
             }
             Act::Partition { cut, budgets, breaks } => {
-                let Some(wires) = self.wires.get(fault.slot as usize - 1) else { return false };
-                wires.cut(cut);
+                let ways = cut.ways(fault.slot);
+                self.wires.cut(&ways);
                 sleep(self.detect.mul_f64(budgets)).await;
-                wires.mend(cut, breaks);
+                self.wires.mend(&ways, breaks);
                 true
             }
             Act::Disk => {

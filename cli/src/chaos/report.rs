@@ -1,9 +1,11 @@
 //! What is told of a chaos run: the faults and what came of each, how long things took, where the
 //! time went, and the verdict.
 
+use super::quiet::Quiet;
 use super::schedule::{Fault, Kind};
 use super::timeline::{Shares, Sum, add_up};
-use super::watching::{Ended, Observed, Told};
+use super::told::{Told, Unnoticed};
+use super::watching::{Ended, Observed};
 use crate::audit;
 use caravan_types::Digest;
 use caravan_types::message::Farewell;
@@ -62,10 +64,10 @@ pub struct Report {
     /// What the quiet run took.
     pub quiet_seconds: f64,
     /// What the run with faults took.
-    pub seconds: f64,
+    pub chaos_seconds: f64,
     /// The faults that were done.
     pub faults: Vec<Line>,
-    /// Those that the run was over before.
+    /// Those for which it was too late.
     pub not_done: Vec<Fault>,
     /// How long things took.
     pub kinds: BTreeMap<Kind, Times>,
@@ -100,31 +102,78 @@ pub struct Line {
     reached: bool,
     /// From the fault to an event that names the worker.
     detection: Option<f64>,
+    /// Why no event does.
+    unnoticed: Option<Unnoticed>,
     /// From the fault to the next committed step of whoever went on.
-    recovery: Option<f64>,
+    recovery: Option<Credit>,
     /// From the fault to the first step that all workers commit again.
-    whole: Option<f64>,
+    whole: Option<Credit>,
     /// The event that names the worker.
     event: Option<String>,
+    /// The number of the fault of the same worker that the event is credited to.
+    noticed_with: Option<usize>,
     /// Events that named others.
     others: Vec<String>,
 }
 
-impl Line {
-    fn new(told: &Told) -> Self {
-        let since = |at: Duration| at.saturating_sub(told.at).as_secs_f64();
-        Self {
-            fault: told.fault,
-            at: told.at.as_secs_f64(),
-            at_step: told.at_step,
-            reached: told.reached.unwrap_or(true),
-            detection: told.noticed.as_ref().map(|(at, _)| since(*at)),
-            recovery: told.committed.map(since),
-            whole: told.whole.map(since),
-            event: told.noticed.as_ref().map(|(_, event)| event.clone()),
-            others: told.others.clone(),
+/// Where a commit that a fault was waiting for is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+enum Credit {
+    /// Here: the seconds since the fault.
+    Seconds(f64),
+    /// At the older fault of this number, which was waiting for the same commit.
+    With { with: usize },
+}
+
+impl Credit {
+    fn seconds(self) -> Option<f64> {
+        match self {
+            Self::Seconds(seconds) => Some(seconds),
+            Self::With { .. } => None,
         }
     }
+
+    /// Credits each commit to the first fault that was waiting for it.
+    fn all(told: &[Told], commit: impl Fn(&Told) -> Option<Duration>) -> Vec<Option<Self>> {
+        let mut first: BTreeMap<Duration, usize> = BTreeMap::new();
+        let credit = |(number, told): (usize, &Told)| {
+            let commit = commit(told)?;
+            let first = *first.entry(commit).or_insert(number);
+            let seconds = commit.saturating_sub(told.at).as_secs_f64();
+            Some(if first == number { Self::Seconds(seconds) } else { Self::With { with: first } })
+        };
+        (1..).zip(told).map(credit).collect()
+    }
+}
+
+impl fmt::Display for Credit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Seconds(seconds) => f.pad(&format!("{seconds:.3} s")),
+            Self::With { with } => f.pad(&format!("with {with}")),
+        }
+    }
+}
+
+/// What came of each fault, in the run that was observed.
+fn lines(observed: &Observed) -> Vec<Line> {
+    let recovery = Credit::all(&observed.told, |told| told.committed);
+    let whole = Credit::all(&observed.told, |told| told.whole);
+    let line = |(told, (recovery, whole)): (&Told, (Option<Credit>, Option<Credit>))| Line {
+        fault: told.fault,
+        at: told.at.as_secs_f64(),
+        at_step: told.at_step,
+        reached: told.reached.unwrap_or(true),
+        detection: told.noticed.as_ref().map(|(at, _)| at.saturating_sub(told.at).as_secs_f64()),
+        unnoticed: told.unnoticed(observed.wall, observed.grace),
+        recovery,
+        whole,
+        event: told.noticed.as_ref().map(|(_, event)| event.clone()),
+        noticed_with: told.same.map(|at| at + 1),
+        others: told.others.iter().map(|(_, event)| event.clone()).collect(),
+    };
+    observed.told.iter().zip(recovery.into_iter().zip(whole)).map(line).collect()
 }
 
 /// How long things took that were done several times, in seconds.
@@ -163,10 +212,8 @@ pub struct Background {
     pub seed: u64,
     /// The command that does it again.
     pub command: String,
-    /// The weights of the quiet run.
-    pub quiet: Digest,
-    /// What it took.
-    pub quiet_time: Duration,
+    /// The quiet run.
+    pub quiet: Quiet,
     /// The weights of the run with faults, where it has come to some.
     pub weights: Option<Digest>,
     /// Its audit.
@@ -177,26 +224,26 @@ impl Report {
     /// Puts it together.
     #[must_use]
     pub fn new(background: Background, observed: Observed) -> Self {
-        let Background { seed, command, quiet, quiet_time, weights, audit } = background;
+        let Background { seed, command, quiet, weights, audit } = background;
         let verdict = match &observed.ended {
             Ended::Stuck { .. } => Verdict::Stuck,
             Ended::Failed(reason) => Verdict::Failed { reason: reason.clone() },
-            Ended::Farewell(Farewell::Finished) if weights != Some(quiet) => Verdict::Differs,
+            Ended::Farewell(Farewell::Finished) if weights != Some(quiet.weights) => Verdict::Differs,
             Ended::Farewell(Farewell::Finished) if audit.as_ref().is_some_and(|a| a.holds) => Verdict::Equal,
             Ended::Farewell(Farewell::Finished) => Verdict::NotProved,
             Ended::Farewell(farewell) => Verdict::Failed { reason: farewell.to_string() },
         };
         let sum = add_up(&observed.timeline, observed.wall);
         let shares = sum.seconds.per_mille().map(|tenths| f64::from(tenths) / 10.0);
-        let faults: Vec<Line> = observed.told.iter().map(Line::new).collect();
+        let faults = lines(&observed);
         Self {
             seed,
             command,
             verdict,
-            quiet,
+            quiet: quiet.weights,
             weights,
-            quiet_seconds: quiet_time.as_secs_f64(),
-            seconds: observed.wall.as_secs_f64(),
+            quiet_seconds: quiet.time.as_secs_f64(),
+            chaos_seconds: observed.wall.as_secs_f64(),
             kinds: times(&faults),
             faults,
             not_done: observed.left,
@@ -257,21 +304,26 @@ impl Report {
     fn print_faults(&self, out: &mut dyn Write) -> io::Result<()> {
         writeln!(out, "\n  #   time    step  worker    detection  recovery     whole  what")?;
         for (n, line) in (1..).zip(&self.faults) {
-            let [detection, recovery, whole] = [line.detection, line.recovery, line.whole].map(seconds);
+            let [recovery, whole] =
+                [line.recovery, line.whole].map(|c| c.map_or("-".into(), |c| c.to_string()));
             writeln!(
                 out,
-                "{n:>3} {:>5.1}s {:>6}  worker-{:<2} {detection:>9} {recovery:>9} {whole:>9}  {}{}",
+                "{n:>3} {:>5.1}s {:>6}  worker-{:<2} {:>9} {recovery:>9} {whole:>9}  {}",
                 line.at,
                 line.at_step,
                 line.fault.slot,
+                seconds(line.detection),
                 line.fault.act,
-                if line.reached { "" } else { " (there was no process)" },
             )?;
-            let mut events = line.event.iter().chain(&line.others);
-            events.try_for_each(|event| writeln!(out, "{:60}{event}", ""))?;
+            let why = line.unnoticed.iter().map(|why| match line.noticed_with {
+                Some(with) => format!("{why} ({with})"),
+                None => why.to_string(),
+            });
+            let mut notes = line.event.iter().cloned().chain(why).chain(line.others.iter().cloned());
+            notes.try_for_each(|note| writeln!(out, "{:60}{note}", ""))?;
         }
         if !self.not_done.is_empty() {
-            writeln!(out, "the run was over before {} more faults", self.not_done.len())?;
+            writeln!(out, "it was too late for {} more faults", self.not_done.len())?;
         }
         Ok(())
     }
@@ -294,7 +346,7 @@ impl Report {
         writeln!(
             out,
             "detection: until an event names the worker; recovery: until those who went on commit a step; whole: \
-             until all workers do"
+             until all workers do. What several faults were waiting for counts once, at the first of them"
         )
     }
 
@@ -306,7 +358,7 @@ impl Report {
              were done again; a step takes {}",
             seconds(Some(step))
         )?;
-        writeln!(out, "{:.1} s, of which", self.seconds)?;
+        writeln!(out, "{:.1} s, of which", self.chaos_seconds)?;
         let how = [
             "steps that count, each from the commit before it",
             "from the last commit to the fault that stopped the step, and steps after a way back",
@@ -329,8 +381,8 @@ fn times(faults: &[Line]) -> BTreeMap<Kind, Times> {
     }
     let times = |lines: &[&Line]| Times {
         detection: Spread::of(lines.iter().filter_map(|l| l.detection)),
-        recovery: Spread::of(lines.iter().filter_map(|l| l.recovery)),
-        whole: Spread::of(lines.iter().filter_map(|l| l.whole)),
+        recovery: Spread::of(lines.iter().filter_map(|l| l.recovery?.seconds())),
+        whole: Spread::of(lines.iter().filter_map(|l| l.whole?.seconds())),
     };
     kinds.iter().map(|(kind, lines)| (*kind, times(lines))).collect()
 }
@@ -341,7 +393,10 @@ fn seconds(seconds: Option<f64>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::schedule::Act;
+    use super::super::told::Notes;
     use super::*;
+    use caravan_types::Generation;
 
     #[test]
     fn a_spread_is_by_nearest_rank() {
@@ -350,5 +405,20 @@ mod tests {
         assert_eq!((one.count, one.median, one.p99, one.max), (1, 2.0, 2.0, 2.0));
         let many = Spread::of((1..=200).rev().map(f64::from)).unwrap();
         assert_eq!((many.median, many.p99, many.max), (100.0, 198.0, 200.0));
+    }
+
+    #[test]
+    fn a_commit_that_several_faults_were_waiting_for_is_counted_at_the_first_of_them() {
+        let commits = [Some(5), Some(5), None, Some(7)];
+        let mut notes = Notes::new(Duration::from_secs(1));
+        for at in 0..commits.len() as u64 {
+            let fault = Fault { slot: 1, step: at, moment: 0.0, act: Act::Kill };
+            notes.begins(fault, (Duration::from_secs(at), at), None, Generation(1));
+        }
+        let told = notes.told();
+        let of = |told: &Told| commits[told.at_step as usize].map(Duration::from_secs);
+        let credits =
+            [Some(Credit::Seconds(5.0)), Some(Credit::With { with: 1 }), None, Some(Credit::Seconds(4.0))];
+        assert_eq!(Credit::all(&told, of), credits);
     }
 }

@@ -1,5 +1,6 @@
 //! What is done to whom, and when: a pure function of a seed.
 
+use super::proxy::Way;
 use clap::ValueEnum;
 use serde::Serialize;
 use std::fmt;
@@ -26,12 +27,6 @@ impl Kind {
     pub fn regroups(self) -> bool {
         self != Self::Disk
     }
-
-    /// Whether it is to be noticed, sooner or later.
-    #[must_use]
-    pub fn is_noticed(self) -> bool {
-        matches!(self, Self::Kill | Self::Stop | Self::Partition)
-    }
 }
 
 impl fmt::Display for Kind {
@@ -46,27 +41,54 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Which of a worker's connections carry nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// Which of a worker's connections carry nothing, and in which direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Cut {
     /// What other workers send it.
-    Fabric,
+    FromPeers,
+    /// What it sends other workers.
+    ToPeers,
+    /// Both.
+    Peers,
     /// What it tells the coordinator.
     ToCoordinator,
     /// What the coordinator tells it.
     FromCoordinator,
+    /// Both.
+    Coordinator,
     /// All of it.
     Everything,
+}
+
+impl Cut {
+    /// The ways of a slot's worker that it cuts.
+    #[must_use]
+    pub fn ways(self, slot: u32) -> Vec<Way> {
+        let peers = [Way::FromPeers(slot), Way::ToPeers(slot)];
+        let coordinator = [Way::ToCoordinator(slot), Way::FromCoordinator(slot)];
+        match self {
+            Self::FromPeers => peers[..1].to_vec(),
+            Self::ToPeers => peers[1..].to_vec(),
+            Self::Peers => peers.to_vec(),
+            Self::ToCoordinator => coordinator[..1].to_vec(),
+            Self::FromCoordinator => coordinator[1..].to_vec(),
+            Self::Coordinator => coordinator.to_vec(),
+            Self::Everything => [peers, coordinator].concat(),
+        }
+    }
 }
 
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Fabric => "from its peers",
+            Self::FromPeers => "from its peers",
+            Self::ToPeers => "to its peers",
+            Self::Peers => "from and to its peers",
             Self::ToCoordinator => "to the coordinator",
             Self::FromCoordinator => "from the coordinator",
-            Self::Everything => "from its peers, and from and to the coordinator",
+            Self::Coordinator => "from and to the coordinator",
+            Self::Everything => "from and to anybody",
         })
     }
 }
@@ -112,6 +134,17 @@ impl Act {
             Self::Slow { .. } => Kind::Slow,
             Self::Partition { .. } => Kind::Partition,
             Self::Disk => Kind::Disk,
+        }
+    }
+
+    /// Whether somebody has to notice it, since nothing goes on before. A worker that is only not
+    /// told anything by the coordinator steps on: it is told nothing while nothing happens.
+    #[must_use]
+    pub fn is_noticed(&self) -> bool {
+        match self {
+            Self::Kill | Self::Stop { .. } => true,
+            Self::Partition { cut, .. } => *cut != Cut::FromCoordinator,
+            Self::Slow { .. } | Self::Disk => false,
         }
     }
 }
@@ -190,7 +223,7 @@ fn act(kind: Kind, random: &mut Random) -> Act {
         Kind::Stop => Act::Stop { budgets: 1.5 + random.share() },
         Kind::Slow => Act::Slow { budgets: 0.1 + 0.2 * random.share(), pauses: 3 + random.below(6) as u32 },
         Kind::Partition => {
-            let cuts = [Cut::Fabric, Cut::ToCoordinator, Cut::FromCoordinator, Cut::Everything];
+            let cuts = Cut::value_variants();
             Act::Partition {
                 cut: cuts[random.below(cuts.len() as u64) as usize],
                 budgets: 1.5 + random.share(),

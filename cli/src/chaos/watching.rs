@@ -4,6 +4,7 @@
 use super::inject::{Hands, Wires};
 use super::schedule::{Act, Fault};
 use super::timeline::{Mark, Timeline};
+use super::told::{Commit, Notes, Told};
 use crate::Failure;
 use crate::commands::train::start;
 use crate::job::Job;
@@ -31,9 +32,6 @@ const UNNOTICED: u32 = 2;
 /// Events that are told of a run that is stuck.
 const LAST_EVENTS: usize = 20;
 
-/// Events about other workers that are kept of a fault.
-const MOST_OTHERS: usize = 8;
-
 /// Somebody did not want to wait.
 #[derive(Debug, thiserror::Error)]
 #[error("interrupted, so there is no verdict; the same command begins anew, in another folder")]
@@ -50,6 +48,9 @@ pub struct Plan {
     pub step: Duration,
     /// A run that is not over by then is stuck.
     pub limit: Duration,
+    /// Once this step is committed, no disk is full any more: the next checkpoint may be the last
+    /// one, and without that a run has not finished.
+    pub last_disk: u64,
 }
 
 /// How the run ended.
@@ -68,38 +69,6 @@ pub enum Ended {
     },
 }
 
-/// What came of a fault.
-#[derive(Clone, Debug)]
-pub struct Told {
-    /// What was done.
-    pub fault: Fault,
-    /// When, since the start of the run.
-    pub at: Duration,
-    /// The newest committed step then.
-    pub at_step: u64,
-    /// Whether there was a process that it reached; not known while it goes on.
-    pub reached: Option<bool>,
-    /// When it was over.
-    pub over: Option<Duration>,
-    /// When an event named the worker, and the event.
-    pub noticed: Option<(Duration, String)>,
-    /// Other workers that were named first.
-    pub others: Vec<String>,
-    /// When the next step was committed; that of a newer generation, where somebody was named.
-    pub committed: Option<Duration>,
-    /// When a step was committed by all workers again.
-    pub whole: Option<Duration>,
-    /// The generation that it hit.
-    generation: Generation,
-}
-
-impl Told {
-    /// Whether somebody was named.
-    fn seen(&self) -> bool {
-        self.noticed.is_some() || !self.others.is_empty()
-    }
-}
-
 /// All that is known of a run with faults.
 #[derive(Debug)]
 pub struct Observed {
@@ -111,8 +80,10 @@ pub struct Observed {
     pub timeline: Timeline,
     /// The faults that were done.
     pub told: Vec<Told>,
-    /// Those that the run was over before.
+    /// Those for which it was too late.
     pub left: Vec<Fault>,
+    /// A fault that is over for so long, and that nobody has noticed, will not be.
+    pub grace: Duration,
 }
 
 /// Runs a job and does to its workers what is planned.
@@ -121,10 +92,7 @@ pub struct Observed {
 /// Where it could not be started, or was interrupted.
 pub async fn run(job: &mut Job, plan: &Plan) -> Result<Observed, Failure> {
     let running = start(job, false).await?;
-    let mut wires = Vec::new();
-    for slot in 1..=job.settings.cluster.workers {
-        wires.push(Wires::start(slot, running.address).await?);
-    }
+    let wires = Wires::start(job.settings.cluster.workers, running.address).await?;
     let mut supervisor = Supervisor::start(workers(job, &wires)?);
     let (saved, saves) = watch::channel(0);
     let hands = Hands {
@@ -144,17 +112,17 @@ pub async fn run(job: &mut Job, plan: &Plan) -> Result<Observed, Failure> {
     Ok(scene.end(ended?))
 }
 
-fn workers(job: &Job, wires: &[Wires]) -> io::Result<Vec<Worker>> {
+fn workers(job: &Job, wires: &Wires) -> io::Result<Vec<Worker>> {
     let program = std::env::current_exe()?;
-    let worker = |wires: &Wires| Worker {
+    let worker = |(coordinator, network)| Worker {
         program: program.clone(),
-        coordinator: wires.coordinator(),
-        network: Some(wires.network()),
+        coordinator,
+        network: Some(network),
         threads: job.settings.cluster.threads,
         logs: job.run.logs(),
         good_life: GOOD_LIFE,
     };
-    Ok(wires.iter().map(worker).collect())
+    Ok(wires.addresses().map(worker).collect())
 }
 
 /// The run as it goes.
@@ -165,12 +133,14 @@ struct Scene<'a> {
     workers: u32,
     started: Instant,
     timeline: Timeline,
-    told: Vec<Told>,
+    notes: Notes,
     left: VecDeque<Fault>,
+    /// Those that came too late.
+    late: Vec<Fault>,
     /// When the next fault is due, where its step has come.
     due: Option<Instant>,
     acts: JoinSet<(usize, bool)>,
-    /// Which worker process is which.
+    /// Which worker is which process; those that are gone are not in it.
     slots: BTreeMap<WorkerId, u32>,
     step: u64,
     generation: Generation,
@@ -180,6 +150,7 @@ struct Scene<'a> {
 
 impl<'a> Scene<'a> {
     fn new(plan: &'a Plan, hands: Hands, saved: watch::Sender<u64>, workers: u32) -> Self {
+        let notes = Notes::new(hands.detect * UNNOTICED);
         Self {
             plan,
             hands,
@@ -187,8 +158,9 @@ impl<'a> Scene<'a> {
             workers,
             started: Instant::now(),
             timeline: Vec::new(),
-            told: Vec::new(),
+            notes,
             left: plan.faults.iter().copied().collect(),
+            late: Vec::new(),
             due: None,
             acts: JoinSet::new(),
             slots: BTreeMap::new(),
@@ -213,9 +185,8 @@ impl<'a> Scene<'a> {
                     Seen::Ended(Err(error)) => return Ok(Ended::Failed(error.to_string())),
                 },
                 Some(over) = self.acts.join_next(), if !self.acts.is_empty() => {
-                    let (at, reached) = over?;
-                    self.told[at].over = Some(self.started.elapsed());
-                    self.told[at].reached = Some(reached);
+                    let (number, reached) = over?;
+                    self.notes.ends(number, self.started.elapsed(), reached);
                 }
                 () = sleep_until(due.unwrap_or(limit)), if due.is_some() => {
                     if let Some(line) = self.next_fault() {
@@ -244,46 +215,29 @@ impl<'a> Scene<'a> {
             return None;
         }
         let fault = self.left.pop_front()?;
+        if fault.act == Act::Disk && self.step >= self.plan.last_disk {
+            self.late.push(fault);
+            return None;
+        }
         self.mark(Mark::Fault);
-        let at = self.told.len();
-        self.told.push(Told {
-            fault,
-            at: self.started.elapsed(),
-            at_step: self.step,
-            reached: None,
-            over: None,
-            noticed: None,
-            others: Vec::new(),
-            committed: None,
-            whole: None,
-            generation: self.generation,
-        });
+        let worker = self.slots.iter().find(|(_, slot)| **slot == fault.slot).map(|(worker, _)| *worker);
+        let when = (self.started.elapsed(), self.step);
+        let number = self.notes.begins(fault, when, worker, self.generation);
         let (hands, step) = (self.hands.clone(), self.step);
-        self.acts.spawn(async move { (at, hands.inject(fault, step).await) });
-        Some(format!("chaos {}: worker-{}, {}", at + 1, fault.slot, fault.act))
+        self.acts.spawn(async move { (number, hands.inject(fault, step).await) });
+        Some(format!("chaos {}: worker-{}, {}", number + 1, fault.slot, fault.act))
     }
 
     /// Whether the caravan is as it should be.
     fn ready(&self) -> bool {
-        self.plan.pile_up || (self.whole && self.told.iter().all(|told| told.whole.is_some()))
+        self.plan.pile_up || (self.whole && self.notes.all_whole())
     }
 
     fn committed(&mut self, step: &StepMetrics) {
         self.mark(Mark::Committed(step.step));
-        let now = self.started.elapsed();
         self.step = step.step.0;
         let all = self.whole && step.generation == self.generation && step.workers == self.workers;
-        let grace = self.hands.detect * UNNOTICED;
-        for told in &mut self.told {
-            if !told.seen() || !told.fault.act.kind().regroups() || step.generation > told.generation {
-                told.committed.get_or_insert(now);
-            }
-            let missed = told.reached == Some(false) || !told.fault.act.kind().is_noticed();
-            let quiet = |over: Duration| missed || now >= over + grace;
-            if all && told.over.is_some_and(|over| told.seen() || quiet(over)) {
-                told.whole.get_or_insert(now);
-            }
-        }
+        self.notes.committed(Commit { at: self.started.elapsed(), generation: step.generation, all });
         let reached = self.left.front().filter(|fault| self.step >= fault.step);
         if let Some(fault) = reached.filter(|_| self.due.is_none() && self.ready()) {
             self.due = Some(Instant::now() + self.plan.step.mul_f64(fault.moment));
@@ -293,8 +247,10 @@ impl<'a> Scene<'a> {
     fn event(&mut self, event: &LoggedEvent) {
         match &event.event {
             Event::Joined { worker, name } => {
-                let slot = name.strip_prefix("worker-").and_then(|n| n.parse().ok());
-                self.slots.extend(slot.map(|slot| (*worker, slot)));
+                if let Some(slot) = name.strip_prefix("worker-").and_then(|n| n.parse().ok()) {
+                    self.slots.insert(*worker, slot);
+                    self.hands.wires.joined(*worker, slot);
+                }
             }
             Event::Planned { generation, members, .. } => {
                 self.mark(Mark::Planned);
@@ -302,20 +258,25 @@ impl<'a> Scene<'a> {
                 self.whole = members.len() == self.workers as usize;
             }
             Event::Stopping { boundary: false, .. } => self.mark(Mark::Stopped),
-            Event::Hung { worker, .. } | Event::Lost { worker, .. } => {
-                self.mark(Mark::Noticed);
-                self.whole = false;
-                self.named(self.slots.get(worker).copied(), &event.text);
+            Event::Hung { worker, .. } => self.named(*worker, &event.text),
+            Event::Lost { worker, .. } => {
+                self.named(*worker, &event.text);
+                self.slots.remove(worker);
             }
             Event::CheckpointWritten { step } => self.tried(*step),
             Event::CheckpointFailed { step, .. } => {
-                // It names no worker; the one whose disk is full is meant.
-                let disk = self.told.iter().rfind(|t| t.fault.act == Act::Disk && t.over.is_none());
-                self.named(disk.map(|told| told.fault.slot), &event.text);
+                self.notes.checkpoint_failed(self.started.elapsed(), &event.text);
                 self.tried(*step);
             }
             _ => {}
         }
+    }
+
+    fn named(&mut self, worker: WorkerId, text: &str) {
+        self.mark(Mark::Noticed);
+        self.whole = false;
+        let slot = self.slots.get(&worker).copied();
+        self.notes.named(self.started.elapsed(), self.generation, (worker, slot), text);
     }
 
     /// A checkpoint was written, or failed.
@@ -323,24 +284,14 @@ impl<'a> Scene<'a> {
         self.saved.send_modify(|newest| *newest = step.0.max(*newest));
     }
 
-    /// An event names a worker: of the faults that nobody has noticed, which one is it?
-    fn named(&mut self, slot: Option<u32>, text: &str) {
-        let now = self.started.elapsed();
-        for told in self.told.iter_mut().filter(|told| told.whole.is_none()) {
-            if slot == Some(told.fault.slot) {
-                told.noticed.get_or_insert_with(|| (now, text.to_owned()));
-            } else if told.noticed.is_none() && told.others.len() < MOST_OTHERS {
-                told.others.push(text.to_owned());
-            }
-            // Steps in between were committed as if there were no fault.
-            if told.generation == self.generation && told.fault.act.kind().regroups() {
-                told.committed = None;
-            }
-        }
-    }
-
     fn end(self, ended: Ended) -> Observed {
-        let wall = self.started.elapsed();
-        Observed { ended, wall, timeline: self.timeline, told: self.told, left: self.left.into() }
+        Observed {
+            ended,
+            wall: self.started.elapsed(),
+            timeline: self.timeline,
+            told: self.notes.told(),
+            left: self.late.into_iter().chain(self.left).collect(),
+            grace: self.hands.detect * UNNOTICED,
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! `caravan chaos`: a quiet run, the same run with faults, and whether their bits are the same.
 
 use crate::audit::audit;
+use crate::chaos::quiet::Quiet;
 use crate::chaos::report::{Background, Report, Verdict};
 use crate::chaos::schedule::{Kind, Request, schedule};
 use crate::chaos::watching::{self, Ended, Plan};
@@ -24,8 +25,8 @@ The quiet run is in DIR/quiet and the one with faults in DIR/chaos, where DIR is
   stop       SIGSTOP for longer than the failure budget (cluster.detect), then SIGCONT: it finds itself shut out,
              ends, is started again and joins
   slow       SIGSTOP and SIGCONT in turns, each pause well below the failure budget
-  partition  its connections with its peers or with the coordinator, one way or both, carry nothing for longer than
-             the failure budget, and then go on or break
+  partition  its connections with its peers, with the coordinator, or with both carry nothing, one way or both ways,
+             for longer than the failure budget, and then go on or break
   disk       the next part of a checkpoint that it writes does not fit (a limit on the size of its files)
 The exit code is 0 where the run finished, the hashes of the weights are equal and the audit holds.")]
 pub struct Args {
@@ -43,6 +44,9 @@ pub struct Args {
     /// Workers of the quiet run.
     #[arg(long, value_name = "N", default_value_t = 1)]
     quiet_workers: u32,
+    /// Compare with this finished run of the same file, instead of making a quiet one.
+    #[arg(long, value_name = "RUN", conflicts_with = "quiet_workers")]
+    quiet: Option<PathBuf>,
     /// Do not wait with the next fault until the caravan has got over the last one. Faults of one
     /// worker may then end one another.
     #[arg(long)]
@@ -85,30 +89,41 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
 
     let part = |workers, name: &str| job::Args { workers, run: Some(folder.join(name)), ..args.job.clone() };
-    let mut quiet = Job::open(&part(Some(args.quiet_workers), "quiet"))?;
     let mut chaos = Job::open(&part(args.job.workers, "chaos"))?;
     let request = args.request(seed, &chaos)?;
-    let begun = Instant::now();
-    if runtime.block_on(train(&mut quiet))? != Farewell::Finished {
-        return Err(ChaosError::NotQuiet(log(&folder)?).into());
-    }
-    let quiet_time = begun.elapsed();
-    let weights = weights(&quiet)?.ok_or_else(|| ChaosError::NotQuiet(quiet.log.clone()))?;
+    let quiet = match &args.quiet {
+        Some(run) => Quiet::read(run, &chaos)?,
+        None => {
+            let mut job = Job::open(&part(Some(args.quiet_workers), "quiet"))?;
+            let begun = Instant::now();
+            if runtime.block_on(train(&mut job))? != Farewell::Finished {
+                return Err(ChaosError::NotQuiet(log(&folder)?).into());
+            }
+            let time = begun.elapsed();
+            let weights = weights(&job)?.ok_or_else(|| ChaosError::NotQuiet(job.log.clone()))?;
+            Quiet { weights, time }
+        }
+    };
 
     let detect = chaos.settings.cluster.timing.detect();
+    let every = chaos.settings.cluster.checkpoint_every;
     let plan = Plan {
         faults: schedule(&request),
+        last_disk: request
+            .steps
+            .saturating_sub(1)
+            .checked_div(every)
+            .map_or(0, |checkpoints| checkpoints * every),
         pile_up: args.pile_up,
-        step: quiet_time.div_f64(request.steps.max(1) as f64),
-        limit: args.patience.map_or_else(|| limit(quiet_time, detect, request.faults), Duration::from_secs),
+        step: quiet.time.div_f64(request.steps.max(1) as f64),
+        limit: args.patience.map_or_else(|| limit(quiet.time, detect, request.faults), Duration::from_secs),
     };
     let observed = runtime.block_on(watching::run(&mut chaos, &plan))?;
     let finished = matches!(observed.ended, Ended::Farewell(Farewell::Finished));
     let background = Background {
         seed,
         command,
-        quiet: weights,
-        quiet_time,
+        quiet,
         weights: if finished { self::weights(&chaos)? } else { None },
         audit: if finished { Some(audit(&chaos.run)?) } else { None },
     };
@@ -189,6 +204,9 @@ impl Args {
         }
         if let Some(steps) = self.job.steps {
             option("--steps", steps.to_string());
+        }
+        if let Some(run) = &self.quiet {
+            option("--quiet", run.to_string_lossy().into_owned());
         }
         if self.quiet_workers != 1 {
             option("--quiet-workers", self.quiet_workers.to_string());

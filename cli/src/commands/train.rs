@@ -79,6 +79,7 @@ pub async fn start(job: &mut Job, recover: bool) -> Result<Running, Failure> {
     say(&format!("run folder: {}", job.run.path().display()));
     say(&format!("live page: http://{}", running.address));
     match job.checkpoint() {
+        Some(_) if job.finished() => {}
         Some(step) => say(&format!("going on from the checkpoint of step {step}")),
         None => {
             say(&format!("a model of {} parameters starts from its seed", job.settings.model.parameters()))

@@ -2,6 +2,7 @@
 
 use crate::accused::Accusations;
 use crate::corrupt::Disputes;
+use crate::fallback::Fallback;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
 use crate::pace::Balance;
@@ -43,6 +44,7 @@ pub struct Core {
     committed: Option<Committed>,
     pub(crate) checkpoint: Option<Step>,
     pub(crate) saves: Saves,
+    pub(crate) fallback: Fallback,
     pub(crate) accusations: Accusations,
     pub(crate) balance: Balance,
     pub(crate) disputes: Disputes,
@@ -65,6 +67,7 @@ impl Core {
         let plan = restored.plan.filter(|plan| plan.generation <= restored.generation);
         let awaited: BTreeSet<WorkerId> =
             plan.iter().flat_map(|plan| &plan.members).map(|m| m.worker).collect();
+        let finished = restored.checkpoint.is_some_and(|step| step.0 >= config.steps);
         let demand = Demand {
             shape: config.shape.clone(),
             batch: config.batch,
@@ -73,12 +76,16 @@ impl Core {
             link_bytes_per_s: planner::LINK_BYTES_PER_S,
         };
         Self {
-            deadline: plan.as_ref().map(|_| now + millis(config.timing.reattach())),
+            deadline: (finished || plan.is_some()).then(|| now + millis(config.timing.reattach())),
             config,
             demand,
             table,
             disputes: Disputes::of(plan.as_ref()),
-            phase: if plan.is_some() { Phase::Recovering } else { Phase::Gathering },
+            phase: match &plan {
+                _ if finished => Phase::Finished,
+                Some(_) => Phase::Recovering,
+                None => Phase::Gathering,
+            },
             members: Members::default(),
             next_worker: restored.next_worker.max(1),
             generation: restored.generation,
@@ -87,6 +94,7 @@ impl Core {
             committed: restored.committed,
             checkpoint: restored.checkpoint,
             saves: Saves::default(),
+            fallback: Fallback::default(),
             accusations: Accusations::default(),
             balance: Balance::default(),
             draining: false,
@@ -109,10 +117,7 @@ impl Core {
     /// Takes one input; what is to be done about it is appended to `out`, in order.
     pub fn handle(&mut self, now: Millis, input: Input, out: &mut Vec<Output>) {
         if self.over() {
-            if let Input::Hello { session, .. } = input {
-                out.push(Output::Refuse { session, refusal: Refusal::NotTaking });
-            }
-            return;
+            return self.turn_away(now, input, out);
         }
         match input {
             Input::Hello { session, hello } => self.hello(now, session, hello, out),
@@ -125,6 +130,7 @@ impl Core {
             Input::Completed { generation, step, result } => {
                 self.completed(now, generation, step, result, out)
             }
+            Input::Found { until, found } => self.found(now, until, found, out),
             Input::Drain => self.drain(now, out),
             Input::Tick => self.tick(now, out),
         }
@@ -134,7 +140,7 @@ impl Core {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Millis> {
         if self.over() {
-            return None;
+            return self.deadline;
         }
         let silence = millis(self.config.timing.silence());
         let silent = self.members.iter().map(|(_, w)| w.heard + silence).min();
@@ -192,7 +198,7 @@ impl Core {
         self.members.iter().map(status).collect()
     }
 
-    fn over(&self) -> bool {
+    pub(crate) fn over(&self) -> bool {
         matches!(self.phase, Phase::Drained | Phase::Finished | Phase::Failed)
     }
 
@@ -253,6 +259,9 @@ impl Core {
             FromWorker::Saved { generation, step, part } => self.saved(now, generation, step, part, out),
             FromWorker::Vouched { generation, step, sums } => {
                 self.vouched(now, worker, generation, step, sums, out)
+            }
+            FromWorker::LoadFailed { generation, step, reason } => {
+                self.load_failed(now, worker, (generation, step), reason, out)
             }
             FromWorker::Leaving => {
                 known.leaving = true;
@@ -415,8 +424,11 @@ impl Core {
     }
 
     /// Once everybody has reported: goes on with a new plan, or saves and ends.
-    fn decide(&mut self, now: Millis, out: &mut Vec<Output>) {
+    pub(crate) fn decide(&mut self, now: Millis, out: &mut Vec<Output>) {
         let Some(reports) = self.members.reports(self.generation) else { return };
+        if self.fallback.is_looking() {
+            return;
+        }
         let (culprits, trusted) = self.disputes.trusted(&reports, out);
         if !culprits.is_empty() {
             return self.cut_out(now, culprits, out);
@@ -436,7 +448,10 @@ impl Core {
         if (self.draining || nobody_stays) && agreement.settled {
             return self.save(now, &agreement, out);
         }
-        self.adopt(now, agreement, out);
+        match self.fallback.falls_back(&mut agreement, self.checkpoint) {
+            Ok(()) => self.adopt(now, agreement, out),
+            Err(reason) => self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out),
+        }
     }
 
     /// Makes a plan of an agreement and puts it in force.

@@ -2,8 +2,8 @@
 //! that a later start needs.
 
 use crate::regroup::Agreement;
-use crate::{Core, Millis, Output, Record};
-use caravan_types::message::{Farewell, ToWorker};
+use crate::{Core, Input, Millis, Output, Record};
+use caravan_types::message::{Farewell, Refusal, ToWorker};
 use caravan_types::status::{Event, LossReason, Phase};
 use caravan_types::task::SavedPart;
 use caravan_types::{Generation, SliceId, SliceSet, SliceSum, Step, WorkerId};
@@ -178,6 +178,34 @@ impl Core {
         out.push(Output::Send { worker, message: ToWorker::Goodbye(farewell) });
         out.push(Output::Note(Event::Lost { worker, reason }));
         self.members.remove(worker);
+    }
+
+    /// What a worker is told that comes when the run is over.
+    #[must_use]
+    pub fn not_taking(&self) -> Refusal {
+        if self.phase == Phase::Finished { Refusal::Finished } else { Refusal::NotTaking }
+    }
+
+    /// The run is over. A coordinator that was started on a finished one stays until those are told
+    /// that looked for it: the members of its last plan, where one is known to be in force, or
+    /// whoever comes within the time that members have to come back.
+    pub(crate) fn turn_away(&mut self, now: Millis, input: Input, out: &mut Vec<Output>) {
+        let done = match input {
+            Input::Hello { session, hello } => {
+                out.push(Output::Refuse { session, refusal: self.not_taking() });
+                let back = hello.resume.is_some_and(|worker| self.awaited.remove(&worker));
+                back && self.awaited.is_empty()
+            }
+            Input::Drain => true,
+            _ => false,
+        };
+        if done {
+            self.deadline = self.deadline.map(|_| now);
+        }
+        if self.deadline.take_if(|deadline| now >= *deadline).is_some() {
+            let step = self.checkpoint.unwrap_or_default();
+            self.end(Phase::Finished, Event::Finished { step }, Farewell::Finished, out);
+        }
     }
 
     pub(crate) fn end(&mut self, phase: Phase, event: Event, farewell: Farewell, out: &mut Vec<Output>) {

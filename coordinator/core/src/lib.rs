@@ -14,8 +14,8 @@
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
 //! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out
 //! the slices, `saves` watches checkpoints being written, `ending` is how a run ends. `hang` finds who
-//! stands still, `accused` whose connections break, `pace` who is slow, `corrupt` who has wrong bits; `recover` is what a restarted coordinator does
-//! first.
+//! stands still, `accused` whose connections break, `pace` who is slow, `corrupt` who has wrong bits;
+//! `fallback` looks for an older checkpoint; `recover` is what a restarted coordinator does first.
 
 #[macro_use]
 mod mutant;
@@ -25,6 +25,7 @@ mod around;
 mod core;
 mod corrupt;
 mod ending;
+mod fallback;
 mod hang;
 mod members;
 mod owners;
@@ -124,6 +125,13 @@ pub enum Input {
         /// Why it failed.
         result: Result<(), String>,
     },
+    /// The answer to [`Output::Find`].
+    Found {
+        /// As in [`Output::Find`].
+        until: Step,
+        /// The step of the newest one that is intact, if any; or why none could be looked for.
+        found: Result<Option<Step>, String>,
+    },
     /// Stop after the step in flight, with a checkpoint.
     Drain,
     /// Time has passed.
@@ -182,6 +190,12 @@ pub enum Output {
         step: Step,
         /// The parts.
         parts: Vec<SavedPart>,
+    },
+    /// Find the newest intact checkpoint of this run that is not after `until`, then answer with
+    /// [`Input::Found`].
+    Find {
+        /// The newest step that will do.
+        until: Step,
     },
     /// Something that people want to know.
     Note(Event),

@@ -54,6 +54,7 @@ impl Core {
                 Some((worker, generation, disputes)) => self.diverged(now, worker, generation, disputes, out),
                 None => self.consider(now, out),
             }
+            self.load_failed_before(now, out);
         } else if self.members.is_empty() {
             self.empty(out);
         } else {

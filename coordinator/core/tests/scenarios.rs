@@ -195,6 +195,13 @@ impl Stage {
                 step: Step(words.number("step", 0)),
                 result: words.named.get("error").map_or(Ok(()), |e| Err((*e).into())),
             },
+            "found" => Input::Found {
+                until: Step(words.number("until", 0)),
+                found: words.named.get("error").map_or_else(
+                    || Ok(words.named.get("step").map(|step| Step(step.parse().unwrap()))),
+                    |e| Err((*e).into()),
+                ),
+            },
             _ => Input::Message { worker: WorkerId(words.id(0)), message: message(words) },
         };
         let mut outputs = Vec::new();
@@ -286,6 +293,10 @@ fn message(words: &Words<'_>) -> FromWorker {
             let part = words.named.get("error").map_or(Ok(part), |e| Err((*e).into()));
             FromWorker::Saved { generation, step, part }
         }
+        "cannot" => {
+            let reason = (*words.named.get("because").unwrap_or(&"part-w1-is-damaged")).into();
+            FromWorker::LoadFailed { generation, step, reason }
+        }
         other => panic!("{other} in {:?}", words.line),
     }
 }
@@ -321,6 +332,7 @@ fn shown(output: &Output) -> String {
             let files: Vec<&str> = parts.iter().map(|p| p.file.as_str()).collect();
             format!("complete step {step} of {generation} from {}", files.join(" "))
         }
+        Output::Find { until } => format!("find a checkpoint up to step {until}"),
         Output::Note(event) => format!("note: {event}"),
         Output::Committed { committed, members } => {
             format!("committed step {} by {} workers", committed.step, members.len())

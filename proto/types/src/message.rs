@@ -79,6 +79,8 @@ pub enum Refusal {
         /// What the worker can run.
         offered: Vec<String>,
     },
+    /// All steps are done: there is nothing left to work for.
+    Finished,
     /// The run is over or being drained.
     NotTaking,
     /// A worker wants to go on with an id that is no member's any more.
@@ -103,7 +105,8 @@ impl fmt::Display for Refusal {
                  start the worker on a machine that has {needed:?}, or start a new run with kernels = {:?}",
                 offered.first().map_or("portable", String::as_str)
             ),
-            Self::NotTaking => f.write_str("the run is finished or stopping, and takes no more workers"),
+            Self::Finished => f.write_str("the run is finished"),
+            Self::NotTaking => f.write_str("the run is stopping, and takes no more workers"),
             Self::Fenced { worker, generation } => write!(
                 f,
                 "{worker} was silent for longer than the failure budget, or not back in time, and {generation} goes \
@@ -179,6 +182,15 @@ pub enum FromWorker {
         step: Step,
         /// The part, or the reason.
         part: Result<SavedPart, String>,
+    },
+    /// The checkpoint that the plan starts from could not be loaded.
+    LoadFailed {
+        /// The plan's generation.
+        generation: Generation,
+        /// The checkpoint's step.
+        step: Step,
+        /// Why.
+        reason: String,
     },
     /// The worker was asked to go and wants to, at a step boundary.
     Leaving,

@@ -150,6 +150,16 @@ pub enum Event {
         /// What is wrong with it.
         reason: String,
     },
+    /// A member could not load the checkpoint that the plan starts from; another one is looked
+    /// for.
+    LoadFailed {
+        /// The member.
+        worker: WorkerId,
+        /// The checkpoint's step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
     /// Owners of one slice differ, and no majority says who is right: it is computed again.
     Diverged {
         /// The slice.
@@ -208,6 +218,8 @@ pub enum LossReason {
     NotBack,
     /// It was alive and made no progress for longer than the failure budget.
     Hung,
+    /// It could not load a checkpoint that the coordinator finds intact.
+    CannotLoad,
     /// It was alive, and connections between it and other members broke again and again.
     Unreachable,
     /// It computed or kept other bits than it must.
@@ -223,6 +235,9 @@ impl fmt::Display for LossReason {
             Self::Misbehaved => "it broke the protocol",
             Self::Hung => "it made no progress for longer than the failure budget",
             Self::Unreachable => "connections between it and other workers broke, though all of them live",
+            Self::CannotLoad => {
+                "it cannot load a checkpoint that is intact here: see that its host reaches the same folder"
+            }
             Self::NotBack => "it did not come back to the restarted coordinator",
             Self::Corrupt => "it had wrong bits",
         })
@@ -269,6 +284,9 @@ impl fmt::Display for Event {
             Self::CheckpointWritten { step } => write!(f, "checkpoint of step {step} written"),
             Self::CheckpointFailed { step, reason } => {
                 write!(f, "checkpoint of step {step} failed: {reason}")
+            }
+            Self::LoadFailed { worker, step, reason } => {
+                write!(f, "{worker} cannot load the checkpoint of step {step}: {reason}")
             }
             Self::CheckpointRefused { name, reason } => {
                 write!(f, "checkpoint {name} is damaged and was passed over: {reason}")

@@ -162,6 +162,15 @@ pub enum Done {
         /// Weights or training state.
         part: Part,
     },
+    /// A [`Task::Load`] that could not be done: the checkpoint is damaged or not there.
+    LoadFailed {
+        /// The generation that it was for.
+        generation: Generation,
+        /// The checkpoint's step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
     /// A [`Task::Save`].
     Saved {
         /// The generation that wrote it.

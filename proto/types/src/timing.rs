@@ -119,7 +119,8 @@ impl Timing {
     }
 
     /// For members to come back to a restarted coordinator. They look for it all the time, every
-    /// [`retry`](Self::retry), so the failure budget has several tries in it.
+    /// [`retry`](Self::retry), so the failure budget has several tries in it. A coordinator that
+    /// is started on a finished run stays as long, to tell them.
     #[must_use]
     pub fn reattach(&self) -> Duration {
         self.set_reattach().unwrap_or(self.detect())

@@ -137,6 +137,7 @@ pub(crate) fn refusal() -> impl Strategy<Value = Refusal> {
     prop_oneof![
         any::<(u32, u32)>().prop_map(|(ours, theirs)| Refusal::Protocol { ours, theirs }),
         (text(), vec(text(), 0..3)).prop_map(|(needed, offered)| Refusal::Numerics { needed, offered }),
+        Just(Refusal::Finished),
         Just(Refusal::NotTaking),
         (worker(), generation()).prop_map(|(worker, generation)| Refusal::Fenced { worker, generation }),
     ]
@@ -218,6 +219,11 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         }),
         (generation(), step(), saved_part().prop_map(Ok).boxed().prop_union(text().prop_map(Err).boxed()))
             .prop_map(|(generation, step, part)| FromWorker::Saved { generation, step, part }),
+        (generation(), step(), text()).prop_map(|(generation, step, reason)| FromWorker::LoadFailed {
+            generation,
+            step,
+            reason
+        }),
         Just(FromWorker::Leaving),
     ]
 }
@@ -340,6 +346,7 @@ fn event() -> impl Strategy<Value = Event> {
         Hung,
         Unreachable,
         Corrupt,
+        CannotLoad,
     ]);
     prop_oneof![
         (worker(), text()).prop_map(|(worker, name)| Event::Joined { worker, name }),
@@ -371,6 +378,11 @@ fn event() -> impl Strategy<Value = Event> {
         (slice(), step(), subject(), vec(worker(), 0..4))
             .prop_map(|(slice, step, subject, owners)| { Event::Diverged { slice, step, subject, owners } }),
         (worker(), text()).prop_map(|(worker, what)| Event::Corrupt { worker, what }),
+        (worker(), step(), text()).prop_map(|(worker, step, reason)| Event::LoadFailed {
+            worker,
+            step,
+            reason
+        }),
         Just(Event::Draining),
         step().prop_map(|step| Event::Drained { step }),
         step().prop_map(|step| Event::Finished { step }),

@@ -5,7 +5,7 @@ use super::network::{End, Frame, Line};
 use super::options::{DETECT_MS, Mutant};
 use super::world::{Due, World};
 use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
-use caravan_types::message::{Committed, FromWorker, ToWorker};
+use caravan_types::message::{Committed, Farewell, FromWorker, ToWorker};
 use caravan_types::progress::Stragglers;
 use caravan_types::status::{Event, Phase};
 use caravan_types::timing::Timing;
@@ -204,12 +204,18 @@ impl World<'_> {
             }
             Output::Send { worker, message } => self.tell(worker, message),
             Output::Complete { generation, step, .. } => self.complete(generation, step)?,
+            Output::Find { until } => {
+                let after = self.random.below(20);
+                self.at(after, Due::Found(self.incarnation, until));
+            }
             Output::Note(event) => self.note(event)?,
             Output::Committed { committed, .. } => {
                 self.checks.committed(committed.generation, committed.step)?;
                 self.store.committed.push(committed);
                 self.outcome.took_ms = self.now;
             }
+            // The last checkpoint was lost: somebody reads why, and starts the run again.
+            Output::End(Farewell::Failed) if self.bereft() => self.depose(1),
             Output::End(farewell) => {
                 self.outcome.farewell = Some(farewell);
                 let disk = self.disk.borrow();
@@ -295,6 +301,20 @@ impl World<'_> {
         }
         let result = if written { Ok(()) } else { Err("its parts are gone".into()) };
         self.coordinate(Input::Completed { generation, step, result }, None)
+    }
+
+    fn bereft(&self) -> bool {
+        let disk = self.disk.borrow();
+        disk.complete.is_empty() && !disk.lost.is_empty()
+    }
+
+    /// The search for a checkpoint is over.
+    pub(super) fn found(&mut self, of: u64, until: Step) -> Result<(), String> {
+        if of != self.incarnation {
+            return Ok(());
+        }
+        let found = self.disk.borrow().complete.range(..=until).next_back().map(|(step, _)| *step);
+        self.coordinate(Input::Found { until, found: Ok(found) }, None)
     }
 
     fn note(&mut self, event: Event) -> Result<(), String> {

@@ -352,11 +352,6 @@ impl World<'_> {
                 self.end(process, Some(100));
                 Ok(())
             }
-            // The disk was lost under a plan that needs it: the process ends, and is started again.
-            Err(reason) if reason.contains("no checkpoint") && !self.disk.borrow().lost.is_empty() => {
-                self.end(process, Some(100));
-                Ok(())
-            }
             Err(reason) => Err(format!("the engine of {who} failed: {reason}")),
         }
     }

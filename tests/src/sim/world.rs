@@ -42,6 +42,8 @@ pub(super) enum Due {
     Lead,
     /// A manifest is written or not, for this incarnation of the coordinator.
     Completed(u64, Generation, Step, bool),
+    /// An intact checkpoint was looked for, for this incarnation of the coordinator.
+    Found(u64, Step),
 }
 
 pub(super) struct World<'a> {
@@ -201,6 +203,7 @@ impl<'a> World<'a> {
             }
             Due::Snap(ends) => self.snap(&ends),
             Due::Completed(of, generation, step, written) => self.completed(of, generation, step, written),
+            Due::Found(of, until) => self.found(of, until),
             Due::Lead => {
                 self.lead();
                 Ok(())

@@ -29,6 +29,8 @@ pub(crate) struct Memory {
     settled: Option<FromWorker>,
     /// [`FromWorker::Vouched`], of the newest checkpoint.
     vouched: Option<FromWorker>,
+    /// [`FromWorker::LoadFailed`], where the generation in force cannot begin because of it.
+    load_failed: Option<FromWorker>,
     leaving: bool,
 }
 
@@ -38,6 +40,7 @@ impl Memory {
         self.lost.clear();
         self.diverged = None;
         self.settled = None;
+        self.load_failed = None;
     }
 
     pub(crate) fn committed(&mut self, committed: Committed) {
@@ -73,6 +76,10 @@ impl Memory {
         new
     }
 
+    pub(crate) fn load_failed(&mut self, message: FromWorker) {
+        self.load_failed = Some(message);
+    }
+
     pub(crate) fn leaving(&mut self) {
         self.leaving = true;
     }
@@ -84,7 +91,8 @@ impl Memory {
         out.extend(self.parts.iter().cloned().chain(self.vouched.clone()).map(Output::Tell));
         if let Some(generation) = generation {
             let lost = self.lost.iter().map(|&peer| FromWorker::PeerLost { generation, peer });
-            out.extend(lost.chain(self.diverged.clone()).chain(self.settled.clone()).map(Output::Tell));
+            let others = self.diverged.iter().chain(&self.settled).chain(&self.load_failed).cloned();
+            out.extend(lost.chain(others).map(Output::Tell));
         }
         if self.leaving {
             out.push(Output::Tell(FromWorker::Leaving));

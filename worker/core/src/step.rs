@@ -92,6 +92,13 @@ impl Core {
                     self.go_on(now, out);
                 }
             }
+            Done::LoadFailed { generation, step, reason } => {
+                if here(generation, &self.place) {
+                    let failed = FromWorker::LoadFailed { generation, step, reason };
+                    self.memory.load_failed(failed.clone());
+                    out.push(Output::Tell(failed));
+                }
+            }
             Done::Saved { generation, step, part } => {
                 let saved = FromWorker::Saved { generation, step, part };
                 self.memory.saved(saved.clone());

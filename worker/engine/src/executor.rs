@@ -166,7 +166,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
     /// the fence, the answer comes from elsewhere, or it is of a kind that has no answer.
     ///
     /// # Errors
-    /// Where something that the task needs is not here, or data or a checkpoint is damaged.
+    /// Where something that the task needs is not here, or data is damaged.
     pub fn run(&mut self, task: Task) -> Result<Option<Done>, EngineError> {
         match task {
             Task::Place { units } => self.place(units)?,
@@ -190,8 +190,14 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
                 self.state.init(&ids, part, &self.cpu)?;
             }
             Task::Load { generation, step, slices, part } => {
-                self.load(step, &slices, part)?;
-                return Ok(Some(Done::Loaded { generation, slices, part }));
+                return match self.load(step, &slices, part) {
+                    Ok(()) => Ok(Some(Done::Loaded { generation, slices, part })),
+                    // What was set before is overwritten by the next load: nobody counts on it.
+                    Err(EngineError::Checkpoint { reason, .. }) => {
+                        Ok(Some(Done::LoadFailed { generation, step, reason }))
+                    }
+                    Err(error) => Err(error),
+                };
             }
             Task::Drop(slices) => slices.iter().try_for_each(|id| self.state.drop_state(id))?,
             Task::Narrow { units } => self.state.narrow(&units),

@@ -155,7 +155,9 @@ async fn three_steps(workers: u64) -> (Vec<(u64, u64, u64)>, Vec<Digest>) {
     for (i, talk) in talks.iter_mut().enumerate() {
         while vouched.len() == i || i == 0 && part.is_none() {
             match talk.news().await {
-                Some(FromWorker::Saved { step: Step(3), part: Ok(saved), .. }) if i == 0 => part = Some(saved),
+                Some(FromWorker::Saved { step: Step(3), part: Ok(saved), .. }) if i == 0 => {
+                    part = Some(saved)
+                }
                 Some(FromWorker::Vouched { step: Step(3), sums, .. }) => vouched.push(sums),
                 other => panic!("{other:?}"),
             }

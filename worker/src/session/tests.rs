@@ -1,6 +1,7 @@
 //! Sessions with a coordinator over a real socket.
 
 use super::*;
+use crate::Options;
 use crate::error::Exit;
 use crate::stub::Stub;
 use caravan_types::message::{Activity, Farewell, PROTOCOL_VERSION, Refusal};
@@ -111,6 +112,28 @@ async fn a_refused_worker_says_why_and_is_not_to_be_started_again() {
         assert!(error.to_string().contains(words), "{error}");
         assert_eq!(exit(error), Exit::Refused);
     }
+}
+
+#[tokio::test]
+async fn a_worker_that_comes_when_the_run_is_finished_has_done_its_work() {
+    let mut stub = Stub::start().await;
+    let options = Options {
+        coordinator: stub.address.clone(),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        advertise: None,
+        threads: 1,
+        memory: None,
+        speed: None,
+        name: None,
+    };
+    let refuse = async {
+        let mut talk = stub.session().await;
+        talk.hear().await.unwrap().hello().unwrap();
+        talk.say(Refusal::Finished).await;
+        talk
+    };
+    let (ended, _talk) = tokio::join!(crate::run(options), refuse);
+    assert_eq!(Exit::from(&ended), Exit::Good, "{ended:?}");
 }
 
 #[tokio::test]

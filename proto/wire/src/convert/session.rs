@@ -65,6 +65,11 @@ impl TryFrom<pb::FromWorker> for Up {
                 sums: sums(vouched.sums, "Vouched.sums")?,
             },
             Message::Saved(saved) => saved.try_into()?,
+            Message::LoadFailed(failed) => FromWorker::LoadFailed {
+                generation: limits::generation(failed.generation, "LoadFailed.generation")?,
+                step: limits::step(failed.step, "LoadFailed.step")?,
+                reason: text(failed.reason, "LoadFailed.reason")?,
+            },
             Message::Leaving(pb::Leaving {}) => FromWorker::Leaving,
         }))
     }
@@ -107,6 +112,11 @@ impl From<FromWorker> for from_worker::Message {
                     Ok(part) => pb::saved::Outcome::Part(part.into()),
                     Err(reason) => pb::saved::Outcome::Failure(cut(reason)),
                 }),
+            }),
+            FromWorker::LoadFailed { generation, step, reason } => Self::LoadFailed(pb::LoadFailed {
+                generation: generation.0,
+                step: step.0,
+                reason: cut(reason),
             }),
             FromWorker::Leaving => Self::Leaving(pb::Leaving {}),
         }
@@ -267,6 +277,7 @@ impl From<Refusal> for pb::Refusal {
                 Refusal::Numerics { needed, offered } => {
                     Reason::Numerics(pb::NumericsRefusal { needed, offered })
                 }
+                Refusal::Finished => Reason::Finished(pb::RunFinished {}),
                 Refusal::NotTaking => Reason::NotTaking(pb::NotTaking {}),
                 Refusal::Fenced { worker, generation } => {
                     Reason::Fenced(pb::FencedRefusal { worker: worker.0, generation: generation.0 })
@@ -287,6 +298,7 @@ impl TryFrom<pb::Refusal> for Refusal {
                 needed: text(refusal.needed, "NumericsRefusal.needed")?,
                 offered: texts(refusal.offered, "NumericsRefusal.offered")?,
             },
+            Reason::Finished(pb::RunFinished {}) => Self::Finished,
             Reason::NotTaking(pb::NotTaking {}) => Self::NotTaking,
             Reason::Fenced(pb::FencedRefusal { worker, generation }) => Self::Fenced {
                 worker: limits::worker(worker, "FencedRefusal.worker")?,

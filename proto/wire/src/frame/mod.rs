@@ -291,6 +291,12 @@ impl Prefix {
         Ok(Self { kind, generation, from, body_len, payload_len, body_crc, payload_crc })
     }
 
+    /// Who sent the frame.
+    #[must_use]
+    pub fn sender(&self) -> WorkerId {
+        self.from
+    }
+
     /// Bytes of the body, which follows the prefix; at most [`MAX_BODY`].
     #[must_use]
     pub fn body_len(&self) -> usize {
