@@ -44,6 +44,7 @@ use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
 use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, Timing, WorkerId};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Milliseconds on a clock that only goes forward, from any origin.
 pub type Millis = u64;
@@ -87,7 +88,7 @@ pub struct Restored {
     pub checkpoint: Option<Step>,
     /// The plan that was in force, where its members may be alive and stepping: they are waited
     /// for.
-    pub plan: Option<Plan>,
+    pub plan: Option<Arc<Plan>>,
     /// The newest step that is known to have been committed.
     pub committed: Option<Committed>,
 }
@@ -137,7 +138,7 @@ pub enum Record {
     /// The first worker id that was never given.
     Worker(u64),
     /// This plan is about to be in force.
-    Plan(Plan),
+    Plan(Arc<Plan>),
     /// No plan is in force any more: the run is over, or all members are gone.
     Disbanded,
     /// This checkpoint is complete.

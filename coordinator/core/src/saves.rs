@@ -2,7 +2,7 @@
 
 use caravan_types::task::SavedPart;
 use caravan_types::{Generation, SliceSet, Step};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// At most this many checkpoints are collected at once. Parts of a step come within moments of
 /// each other; what is older lost a writer and can never be complete.
@@ -12,7 +12,18 @@ const MOST: usize = 4;
 /// mixed, since two generations may have dealt the slices differently.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Saves {
-    open: BTreeMap<(Generation, Step), Vec<SavedPart>>,
+    open: BTreeMap<(Generation, Step), Open>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Open {
+    /// As they came.
+    parts: Vec<SavedPart>,
+    /// Their files.
+    files: BTreeSet<String>,
+    covered: SliceSet,
+    /// Slices of all parts; more than are covered where one is in two parts.
+    named: usize,
 }
 
 impl Saves {
@@ -24,14 +35,14 @@ impl Saves {
         part: SavedPart,
         slices: usize,
     ) -> Option<Vec<SavedPart>> {
-        let parts = self.open.entry((generation, step)).or_default();
-        if !parts.iter().any(|p| p.file == part.file) {
-            parts.push(part);
+        let open = self.open.entry((generation, step)).or_default();
+        if open.files.insert(part.file.clone()) {
+            open.covered.extend(part.slices.iter().map(|(id, _)| *id));
+            open.named += part.slices.len();
+            open.parts.push(part);
         }
-        let named = || parts.iter().flat_map(|p| p.slices.iter().map(|(id, _)| *id));
-        let covered: SliceSet = named().collect();
-        if covered.len() == slices && named().count() == slices {
-            return self.open.remove(&(generation, step));
+        if open.named == slices && open.covered.len() == slices {
+            return self.open.remove(&(generation, step)).map(|open| open.parts);
         }
         while self.open.len() > MOST {
             self.open.pop_first();

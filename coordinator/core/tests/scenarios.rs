@@ -16,6 +16,7 @@ use caravan_types::{
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
+use std::sync::Arc;
 
 #[test]
 fn every_scenario_answers_as_written() {
@@ -184,12 +185,12 @@ fn hello(words: &Words<'_>) -> Hello {
 }
 
 /// A plan as a store remembers it; who does what in it does not matter to whoever restarts.
-fn restored_plan(words: &Words<'_>, list: &str) -> Plan {
+fn restored_plan(words: &Words<'_>, list: &str) -> Arc<Plan> {
     let member = |w: &str| {
         let worker = WorkerId(w.trim_start_matches('w').parse().unwrap());
         Member { worker, fabric: format!("here:{}", worker.0) }
     };
-    Plan {
+    Arc::new(Plan {
         generation: Generation(words.number("planned", 1)),
         base: Step(words.number("base", 0)),
         norm: None,
@@ -198,7 +199,7 @@ fn restored_plan(words: &Words<'_>, list: &str) -> Plan {
         owners: Vec::new(),
         transfers: Vec::new(),
         idle: Vec::new(),
-    }
+    })
 }
 
 fn message(words: &Words<'_>) -> FromWorker {

@@ -6,6 +6,7 @@ use crate::{Generation, Plan, RunSpec, SliceId, SliceSet, Step, Timing, WorkerId
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
 pub const PROTOCOL_VERSION: u32 = 3;
@@ -243,8 +244,8 @@ pub enum ToWorker {
         /// at once (a change that is suffered).
         boundary: bool,
     },
-    /// The plan of the generation that was stopped for.
-    Plan(Plan),
+    /// The plan of the generation that was stopped for. All members are told the same one.
+    Plan(Arc<Plan>),
     /// Write these slices, which the worker reported at `step`, as a part of a checkpoint.
     Save {
         /// The generation that was stopped for.

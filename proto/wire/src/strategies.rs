@@ -16,6 +16,7 @@ use proptest::option;
 use proptest::prelude::*;
 use std::ops::Range;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A step, generation or worker number; small ones and those at the border more often.
@@ -224,7 +225,7 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
     prop_oneof![
         (generation(), any::<bool>())
             .prop_map(|(generation, boundary)| ToWorker::Stop { generation, boundary }),
-        plan().prop_map(ToWorker::Plan),
+        plan().prop_map(|plan| ToWorker::Plan(Arc::new(plan))),
         (generation(), step(), set(MAX_SLICES)).prop_map(|(generation, step, slices)| ToWorker::Save {
             generation,
             step,
