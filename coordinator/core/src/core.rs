@@ -1,6 +1,7 @@
 //! The coordinator's state and its transitions.
 
 use crate::accused::Accusations;
+use crate::away::Away;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
 use crate::pace::Balance;
@@ -50,6 +51,7 @@ pub struct Core {
     pub(crate) accusations: Accusations,
     pub(crate) balance: Balance,
     divergences: u32,
+    pub(crate) away: Away,
     /// When it was last looked for members that stand still.
     looked: Millis,
     pub(crate) draining: bool,
@@ -95,6 +97,7 @@ impl Core {
             accusations: Accusations::default(),
             balance: Balance::default(),
             divergences: 0,
+            away: Away::default(),
             looked: now,
             draining: false,
             saving: None,
@@ -121,6 +124,7 @@ impl Core {
             }
             return;
         }
+        self.is_back(now);
         match input {
             Input::Hello { session, hello } => self.hello(now, session, hello, out),
             Input::Message { worker, message } => self.message(now, worker, message, out),
@@ -135,6 +139,7 @@ impl Core {
             Input::Drain => self.drain(now, out),
             Input::Tick => self.tick(now, out),
         }
+        self.will_be_back();
     }
 
     /// When a [`Input::Tick`] is wanted, if nothing else happens.

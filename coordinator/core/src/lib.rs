@@ -14,7 +14,7 @@
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
 //! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out
 //! the slices, `saves` watches checkpoints being written, `ending` is how a run ends. `hang` finds who
-//! stands still, `accused` whose connections break, `pace` who is slow; `recover` is what a restarted coordinator does
+//! stands still, `accused` whose connections break, `pace` who is slow, `away` that it was the coordinator itself; `recover` is what a restarted coordinator does
 //! first.
 
 #[macro_use]
@@ -22,6 +22,7 @@ mod mutant;
 
 mod accused;
 mod around;
+mod away;
 mod core;
 mod ending;
 mod hang;

@@ -88,6 +88,16 @@ impl Members {
         silent
     }
 
+    /// So much time is nobody's silence, and nobody has stood still in it.
+    pub(crate) fn excuse(&mut self, now: Millis, more: Millis) {
+        let later = |at: Millis| (at + more).min(now);
+        self.heard = self.heard.map(later);
+        for worker in self.workers.values_mut() {
+            worker.heard = later(worker.heard);
+            worker.moved = later(worker.moved);
+        }
+    }
+
     /// How often what has to look at all workers may be done, of all that are said: looking
     /// takes about a tenth of a microsecond a worker, and so never more than a percent of the
     /// time. With few workers that is whenever one of them speaks.
