@@ -15,7 +15,9 @@ use caravan_types::message::{
 use caravan_types::progress::Doing;
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
 use caravan_types::timing::millis;
-use caravan_types::{Generation, Member, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
+use caravan_types::{
+    Generation, Member, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, Transfer, WorkerId, cost,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -482,7 +484,7 @@ impl Core {
         }
         self.committed = self.committed.take().filter(|c| c.step <= plan.base);
         out.push(Output::Persist(Record::Plan(Arc::clone(&plan))));
-        out.push(Output::Note(planned(&plan)));
+        out.push(Output::Note(planned(&plan, &self.table)));
         for worker in plan.members.iter().map(|m| m.worker) {
             out.push(Output::Send { worker, message: ToWorker::Plan(Arc::clone(&plan)) });
         }
@@ -536,12 +538,18 @@ impl Core {
     }
 }
 
-fn planned(plan: &Plan) -> Event {
-    let from_peer = |t: &&caravan_types::Transfer| matches!(t.from, caravan_types::Source::Peer(_));
+fn planned(plan: &Plan, table: &SliceTable) -> Event {
+    let from_peers = || plan.transfers.iter().filter(|t| matches!(t.from, Source::Peer(_)));
+    let bytes = |t: &Transfer| {
+        let elements = t.slices.iter().filter_map(|id| table.get(id)).map(|slice| slice.len() as u64);
+        let each = if t.part == Part::State { cost::STATE } else { cost::FP32 };
+        each * elements.sum::<u64>()
+    };
     Event::Planned {
         generation: plan.generation,
         base: plan.base,
         members: plan.members.iter().map(|m| m.worker).collect(),
-        moved: plan.transfers.iter().filter(from_peer).map(|t| t.slices.len() as u64).sum(),
+        moved: from_peers().map(|t| t.slices.len() as u64).sum(),
+        bytes: from_peers().map(bytes).sum(),
     }
 }

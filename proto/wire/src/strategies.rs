@@ -316,8 +316,14 @@ fn event() -> impl Strategy<Value = Event> {
         (worker(), reason).prop_map(|(worker, reason)| Event::Lost { worker, reason }),
         (generation(), any::<bool>())
             .prop_map(|(generation, boundary)| Event::Stopping { generation, boundary }),
-        (generation(), step(), vec(worker(), 0..4), any::<u64>()).prop_map(
-            |(generation, base, members, moved)| Event::Planned { generation, base, members, moved }
+        (generation(), step(), vec(worker(), 0..4), any::<u64>(), any::<u64>()).prop_map(
+            |(generation, base, members, moved, bytes)| Event::Planned {
+                generation,
+                base,
+                members,
+                moved,
+                bytes
+            }
         ),
         (step(), step()).prop_map(|(from, to)| Event::RolledBack { from, to }),
         step().prop_map(|step| Event::CheckpointWritten { step }),
