@@ -35,11 +35,12 @@ class Stuck(Exception):
     """What was waited for did not come in time."""
 
 
-def build():
-    """The release binary, built if need be."""
-    command = ["cargo", "build", "--release", "--quiet", "--package", "caravan"]
+def build(package="caravan", example=None):
+    """The release binary, or a package's example, built if need be."""
+    command = ["cargo", "build", "--release", "--quiet", "--package", package]
+    command += ["--example", example] if example else []
     subprocess.run(command, cwd=ROOT, check=True)
-    return TARGET / "release" / "caravan"
+    return TARGET / "release" / (Path("examples", example) if example else package)
 
 
 def read(path):
@@ -121,7 +122,7 @@ class Feed(threading.Thread):
 class Job:
     """A running `caravan train`; `arguments` are those after `train`, less the run's folder."""
 
-    def __init__(self, binary, arguments, run, cwd=ROOT):
+    def __init__(self, binary, arguments, run, cwd=ROOT, feed=Feed):
         command = [binary, "train", *arguments, "--run", run]
         # A session of its own: Ctrl-C on the terminal is for the script, which then ends the job.
         self.process = subprocess.Popen(
@@ -131,7 +132,7 @@ class Job:
         self.words = collections.deque(maxlen=5)
         threading.Thread(target=lambda: self.words.extend(self.process.stderr), daemon=True).start()
         try:
-            self.feed = Feed(self.address(Path(run, "address")))
+            self.feed = feed(self.address(Path(run, "address")))
         except BaseException:
             self.stop()
             raise
