@@ -1,6 +1,6 @@
 //! What thousands of members cost the coordinator's core: everybody joins and reports, a plan is
 //! made and told; then virtual seconds with all their heartbeats and commits, a checkpoint, and a
-//! death. Only the core's own time is counted, that of [`Core::next_deadline`] after every input
+//! death. Only the core's own processor time is counted, that of [`Core::next_deadline`] after every input
 //! included, since a driver asks it.
 //!
 //! usage: members [MEMBERS [SECONDS]]        (10,000 members for 15 virtual seconds)
@@ -15,9 +15,10 @@ use caravan_types::timing::millis;
 use caravan_types::{
     BatchShape, Digest, Generation, ModelShape, Plan, SliceId, SliceSet, SliceTable, Step, Timing, WorkerId,
 };
+use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const GIB: u64 = 1 << 30;
 
@@ -61,10 +62,10 @@ impl Bench {
 
     /// One input; what the core answered is added to `out`.
     fn tell(&mut self, input: Input) {
-        let clock = Instant::now();
+        let begun = computed();
         self.core.handle(self.now, input, &mut self.out);
         std::hint::black_box(self.core.next_deadline());
-        self.spent += clock.elapsed();
+        self.spent += computed() - begun;
     }
 
     fn say(&mut self, worker: WorkerId, message: FromWorker) {
@@ -114,7 +115,7 @@ impl Bench {
             self.say(worker, FromWorker::Report(report));
             longest = longest.max(self.spent - before);
         }
-        let clock = Instant::now();
+        let begun = computed();
         let out = std::mem::take(&mut self.out);
         let plan = out.iter().find_map(|output| match output {
             Output::Send { message: ToWorker::Plan(plan), .. } => Some(Arc::clone(plan)),
@@ -122,7 +123,7 @@ impl Bench {
         });
         drop(out);
         // The driver drops what it has sent.
-        self.spent += clock.elapsed();
+        self.spent += computed() - begun;
         Some((longest, plan?))
     }
 
@@ -202,6 +203,12 @@ fn healed(plan: &Plan, table: &SliceTable) -> BTreeMap<WorkerId, Held> {
         }
     }
     held
+}
+
+/// What this thread has computed: others may have the cores meanwhile.
+fn computed() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)
 }
 
 fn ms(time: Duration) -> f64 {
