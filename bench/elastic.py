@@ -25,7 +25,6 @@ import argparse
 import itertools
 import os
 import platform
-import random
 import signal
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ from pathlib import Path
 
 import peers
 import pinned
+import small
 import watch
 
 STUCK_S = 30.0
@@ -46,34 +46,12 @@ WORKERS = 4
 # script: some of it is started by others, and lives on when they are killed.
 MARK = "CARAVAN_ELASTIC"
 
-# A short sequence makes a step as short as the peers', whose model is smaller still.
-RUN_FILE = f"""
-[model]
-preset = "260k"
-
-[data]
-paths = ["text.txt"]
-
-[batch]
-sequence_length = 64
-
-[recipe]
-steps = 10000000
-
-[cluster]
-workers = {WORKERS}
-threads = 1
-"""
-
 
 class Caravan:
     """`caravan train` with its own supervisor, which starts killed workers again."""
 
     def __init__(self, binary, folder):
-        (folder / "text.txt").write_text(text())
-        run_file = folder / "elastic.toml"
-        run_file.write_text(RUN_FILE)
-        self.job = watch.Job(binary, [run_file], folder / "run", cwd=folder)
+        self.job = watch.Job(binary, [small.write(folder, WORKERS)], folder / "run", cwd=folder)
 
     def settle(self):
         return self.job.feed.settle(WORKERS, patience=peers.WHOLE_S)
@@ -91,14 +69,6 @@ class Caravan:
 
     def stop(self):
         self.job.stop()
-
-
-def text():
-    """Enough text for a vocabulary of 512, the same every time."""
-    dice = random.Random(1)
-    words = ["".join(dice.choices("etaoinshrdlucm", k=dice.randint(1, 9))) for _ in range(3000)]
-    lines = (" ".join(dice.choices(words, k=12)) for _ in range(8000))
-    return ".\n".join(lines)
 
 
 class Measured:

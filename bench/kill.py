@@ -18,12 +18,6 @@ import watch
 WORKERS = 3
 
 
-def show(name, values):
-    low, high = min(values), max(values)
-    median, p99 = (watch.quantile(values, q) for q in (0.5, 0.99))
-    print(f"{name}: min {low:.3f}  median {median:.3f}  p99 {p99:.3f}  max {high:.3f} s")
-
-
 def measure(job, kills):
     feed, pauses, ordinary = job.feed, [], []
     for n in range(kills):
@@ -34,8 +28,8 @@ def measure(job, kills):
         feed.wait(lambda: feed.steps[seen:] and feed.steps[-1].at > killed)
         pauses.append(next(step.at for step in feed.steps[seen:] if step.at > killed) - killed)
         print(f"kill {n + 1:3}: next committed step after {pauses[-1]:.3f} s", flush=True)
-    show(f"ordinary step, {WORKERS} workers    ", ordinary)
-    show("kill -9 to next committed step", pauses)
+    watch.show(f"ordinary step, {WORKERS} workers    ", ordinary)
+    watch.show("kill -9 to next committed step", pauses)
 
 
 def main():

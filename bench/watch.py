@@ -28,17 +28,19 @@ SHORT_LIVES = 3
 START_S = 120.0
 
 Step = collections.namedtuple("Step", "at number generation workers")
+Notice = collections.namedtuple("Notice", "at kind data")
 
 
 class Stuck(Exception):
     """What was waited for did not come in time."""
 
 
-def build():
-    """The release binary, built if need be."""
-    command = ["cargo", "build", "--release", "--quiet", "--package", "caravan"]
+def build(package="caravan", example=None):
+    """The release binary, or a package's example, built if need be."""
+    command = ["cargo", "build", "--release", "--quiet", "--package", package]
+    command += ["--example", example] if example else []
     subprocess.run(command, cwd=ROOT, check=True)
-    return TARGET / "release" / "caravan"
+    return TARGET / "release" / (Path("examples", example) if example else package)
 
 
 def read(path):
@@ -54,26 +56,47 @@ def quantile(values, q):
     return values[min(len(values) - 1, int(q * len(values)))]
 
 
+def show(name, values, unit="s"):
+    low, high = min(values), max(values)
+    median, p99 = (quantile(values, q) for q in (0.5, 0.99))
+    print(f"{name}: min {low:.3f}  median {median:.3f}  p99 {p99:.3f}  max {high:.3f} {unit}")
+
+
 class Feed(threading.Thread):
-    """The live feed: committed steps with the moment they were seen."""
+    """The live feed: committed steps and events, with the moment they were seen."""
 
     def __init__(self, address):
         super().__init__(daemon=True)
+        self.address = address
         self.connection = http.client.HTTPConnection(address)
-        self.steps, self.news = [], threading.Condition()
+        self.steps, self.events, self.news = [], [], threading.Condition()
 
     def run(self):
         self.connection.request("GET", "/api/live")
         kind = None
-        for line in self.connection.getresponse():
-            now, line = time.monotonic(), line.decode().rstrip("\n")
-            if line.startswith("event:"):
-                kind = line[6:].strip()
-            elif line.startswith("data:") and kind == "step":
-                data = json.loads(line[5:])
-                with self.news:
-                    self.steps.append(Step(now, data["step"], data["generation"], data["workers"]))
-                    self.news.notify_all()
+        try:
+            for line in self.connection.getresponse():
+                now, line = time.monotonic(), line.decode().rstrip("\n")
+                if line.startswith("event:"):
+                    kind = line[6:].strip()
+                elif line.startswith("data:") and kind in ("step", "event"):
+                    self.add(now, kind, json.loads(line[5:]))
+        except (OSError, http.client.HTTPException):
+            pass  # The coordinator was killed; whoever waits for it is told by their patience.
+
+    def add(self, now, kind, data):
+        with self.news:
+            if kind == "step":
+                self.steps.append(Step(now, data["step"], data["generation"], data["workers"]))
+            else:
+                self.events.append(Notice(now, data["kind"], data))
+            self.news.notify_all()
+
+    def seen(self, kind, since, patience=60.0):
+        """Waits for an event of this kind after the first `since` ones."""
+        found = lambda: next((e for e in self.events[since:] if e.kind == kind), None)
+        self.wait(found, patience)
+        return found()
 
     def wait(self, what, patience=60.0):
         with self.news:
@@ -99,7 +122,7 @@ class Feed(threading.Thread):
 class Job:
     """A running `caravan train`; `arguments` are those after `train`, less the run's folder."""
 
-    def __init__(self, binary, arguments, run, cwd=ROOT):
+    def __init__(self, binary, arguments, run, cwd=ROOT, feed=Feed):
         command = [binary, "train", *arguments, "--run", run]
         # A session of its own: Ctrl-C on the terminal is for the script, which then ends the job.
         self.process = subprocess.Popen(
@@ -109,7 +132,7 @@ class Job:
         self.words = collections.deque(maxlen=5)
         threading.Thread(target=lambda: self.words.extend(self.process.stderr), daemon=True).start()
         try:
-            self.feed = Feed(self.address(Path(run, "address")))
+            self.feed = feed(self.address(Path(run, "address")))
         except BaseException:
             self.stop()
             raise
@@ -138,7 +161,13 @@ class Job:
         return found
 
     def kill(self, within):
-        """Kills a worker at some moment `within` so many seconds; returns the moment. Waits
+        """Kills a worker at some moment `within` so many seconds; returns the moment."""
+        pid = self.victim(within)
+        os.kill(pid, signal.SIGKILL)
+        return time.monotonic()
+
+    def victim(self, within):
+        """The process of a worker that may die, at some moment `within` so many seconds. Waits
         first where any further death would look like a crash loop."""
         deadline = time.monotonic() + GOOD_LIFE_S
         while True:
@@ -152,8 +181,7 @@ class Job:
         time.sleep(random.uniform(0, within))
         name, pid, age = random.choice(fit)
         self.deaths[name] = 1 if age > GOOD_LIFE_S else self.deaths[name] + 1
-        os.kill(pid, signal.SIGKILL)
-        return time.monotonic()
+        return pid
 
     def stop(self):
         """Drains the job; a drain that takes longer than a checkpoint can is ended."""

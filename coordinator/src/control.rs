@@ -20,6 +20,7 @@ use caravan_types::message::{Activity, FromWorker, ToWorker};
 use caravan_types::progress::{EngineProgress, Wait};
 use caravan_types::{Digest, Plan, Step, WorkerId};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Version of the file's format; a reader refuses any other. It changes with what the core is
 /// told, too: the inputs stand in the file as they are in the program.
@@ -100,7 +101,7 @@ pub(crate) fn digest(outputs: &[Output]) -> Option<Digest> {
         return None;
     }
     let mut hasher = blake3::Hasher::new();
-    let mut last: Option<(&Plan, Digest)> = None;
+    let mut last: Option<(&Arc<Plan>, Digest)> = None;
     for output in outputs {
         match output {
             Output::Persist(Durable::Plan(plan)) => {
@@ -119,9 +120,9 @@ pub(crate) fn digest(outputs: &[Output]) -> Option<Digest> {
     Some(Digest(*hasher.finalize().as_bytes()))
 }
 
-fn plan_digest<'a>(plan: &'a Plan, last: &mut Option<(&'a Plan, Digest)>) -> Digest {
+fn plan_digest<'a>(plan: &'a Arc<Plan>, last: &mut Option<(&'a Arc<Plan>, Digest)>) -> Digest {
     match last {
-        Some((same, digest)) if *same == plan => *digest,
+        Some((same, digest)) if Arc::ptr_eq(same, plan) => *digest,
         _ => {
             let digest = Digest(*blake3::hash(&serde_json::to_vec(plan).unwrap_or_default()).as_bytes());
             *last = Some((plan, digest));

@@ -17,8 +17,8 @@ use caravan_coordinator_core::{Core, Input, Millis, Output, Record, Session};
 use caravan_types::message::{Farewell, FromWorker, Hello, ToWorker, Welcome};
 use caravan_types::status::{Event, Phase};
 use caravan_types::task::SavedPart;
-use caravan_types::{Generation, Step, WorkerId};
-use caravan_wire::Down;
+use caravan_types::{Generation, Plan, Step, WorkerId};
+use caravan_wire::{Down, pb};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,8 +39,8 @@ pub(crate) const OUTBOX: usize = 64;
 /// terminal is redrawn without flicker.
 const VIEW_EVERY: Duration = Duration::from_millis(200);
 
-/// What goes down a session.
-pub(crate) type Outbox = mpsc::Sender<Result<Down, Status>>;
+/// What goes down a session, as it is on the wire: a plan is the same bytes for all.
+pub(crate) type Outbox = mpsc::Sender<Result<pb::ToWorker, Status>>;
 
 /// What sessions and viewers ask of the driver.
 pub(crate) enum Request {
@@ -80,6 +80,10 @@ pub(crate) struct Driver<S> {
     parts: Parts<S>,
     mailbox: mpsc::Receiver<Request>,
     links: BTreeMap<Session, Link>,
+    /// The sessions of those who were taken on.
+    sessions: BTreeMap<WorkerId, Session>,
+    /// The plan that was sent last, as it was sent.
+    encoded: Option<(Arc<Plan>, pb::ToWorker)>,
     /// Sessions that did not take what they were told, to be cut.
     slow: Vec<Session>,
     /// Whoever waits for an answer to the input at hand.
@@ -111,11 +115,14 @@ impl<S: Store> Driver<S> {
         let trace = Trace::new(&parts.welcome.spec);
         let shown = Shown { at: parts.origin, what: (Phase::Gathering, Generation(0), None), stale: true };
         let (links, slow, asking, saving) = (BTreeMap::new(), Vec::new(), None, JoinSet::new());
-        let (incomplete, finding) = (VecDeque::new(), JoinSet::new());
+        let (sessions, encoded, incomplete, finding) =
+            (BTreeMap::new(), None, VecDeque::new(), JoinSet::new());
         let driver = Self {
             parts,
             mailbox,
             links,
+            sessions,
+            encoded,
             slow,
             asking,
             incomplete,
@@ -173,7 +180,7 @@ impl<S: Store> Driver<S> {
         loop {
             if let Some(session) = self.slow.pop() {
                 // The session's own end comes later and is then that of nobody.
-                if self.links.remove(&session).is_some() {
+                if self.close(session) {
                     tracing::warn!(
                         session = session.0,
                         "cut a worker's session: it does not read what it is told"
@@ -214,12 +221,22 @@ impl<S: Store> Driver<S> {
                 let worker = self.links.get(&session)?.worker?;
                 Some(Input::Message { worker, message })
             }
-            Request::Closed { session } => self.links.remove(&session).map(|_| Input::Closed { session }),
+            Request::Closed { session } => self.close(session).then_some(Input::Closed { session }),
             Request::Drain { reply } => {
                 self.asking = Some(reply);
                 Some(Input::Drain)
             }
         }
+    }
+
+    /// Forgets a session; whether there was one.
+    fn close(&mut self, session: Session) -> bool {
+        let Some(link) = self.links.remove(&session) else { return false };
+        // A worker may have come back in another one.
+        if let Some(worker) = link.worker.filter(|worker| self.sessions.get(worker) == Some(&session)) {
+            self.sessions.remove(&worker);
+        }
+        true
     }
 
     /// Writes down what an input led to before anybody sees it: the ledger first, so that
@@ -281,7 +298,7 @@ impl<S: Store> Driver<S> {
             Output::Persist(_) => {}
             Output::Welcome { session, worker, committed } => self.welcome(session, worker, committed),
             Output::Refuse { session, refusal } => {
-                self.tell(session, Down::Refused(refusal));
+                self.tell(session, Down::Refused(refusal).into());
                 self.hang_up(session);
             }
             Output::Send { worker, message } => self.send(worker, message),
@@ -312,23 +329,40 @@ impl<S: Store> Driver<S> {
     fn welcome(&mut self, session: Session, worker: WorkerId, committed: Step) {
         if let Some(link) = self.links.get_mut(&session) {
             link.worker = Some(worker);
+            self.sessions.insert(worker, session);
         }
         let welcome = Welcome { worker, committed, ..self.parts.welcome.clone() };
-        self.tell(session, welcome.into());
+        self.tell(session, Down::from(welcome).into());
     }
 
     fn send(&mut self, worker: WorkerId, message: ToWorker) {
         let last = matches!(message, ToWorker::Goodbye(_));
-        let found = self.links.iter().find(|(_, link)| link.worker == Some(worker));
-        let Some(session) = found.map(|(session, _)| *session) else { return };
-        self.tell(session, Down::Message(message));
+        let Some(session) = self.sessions.get(&worker).copied() else { return };
+        let message = match message {
+            ToWorker::Plan(plan) => self.encode(plan),
+            other => other.into(),
+        };
+        self.tell(session, message);
         if last {
             self.hang_up(session);
         }
     }
 
+    /// A plan as it goes to each of its members. Encoding it for one after the other would take
+    /// a square of their number.
+    fn encode(&mut self, plan: Arc<Plan>) -> pb::ToWorker {
+        if let Some((same, encoded)) = &self.encoded
+            && Arc::ptr_eq(same, &plan)
+        {
+            return encoded.clone();
+        }
+        let encoded = pb::ToWorker::from(ToWorker::Plan(Arc::clone(&plan)));
+        self.encoded = Some((plan, encoded.clone()));
+        encoded
+    }
+
     /// Queues a message. A session that ended meanwhile reports that itself.
-    fn tell(&mut self, session: Session, message: Down) {
+    fn tell(&mut self, session: Session, message: pb::ToWorker) {
         let Some(outbox) = self.links.get(&session).and_then(|link| link.outbox.as_ref()) else { return };
         if let Err(mpsc::error::TrySendError::Full(_)) = outbox.try_send(Ok(message)) {
             self.slow.push(session);
@@ -374,9 +408,9 @@ impl<S: Store> Driver<S> {
             match request {
                 Request::Hello { outbox, .. } => {
                     // The queue is new and has room.
-                    let _gone = outbox.try_send(Ok(Down::Refused(self.parts.core.not_taking())));
+                    let _gone = outbox.try_send(Ok(Down::Refused(self.parts.core.not_taking()).into()));
                 }
-                Request::Closed { session } => drop(self.links.remove(&session)),
+                Request::Closed { session } => _ = self.close(session),
                 Request::Drain { reply } => {
                     let _gone = reply.send(self.parts.core.phase());
                 }

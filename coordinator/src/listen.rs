@@ -17,6 +17,7 @@ use caravan_types::Timing;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{SockRef, TcpKeepalive};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -27,9 +28,12 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
-/// Connections at once: a thousand workers, or some less and a few browsers. Below the usual
-/// bound of 1,024 open files a process; who comes later waits for a place.
-const MAX_CONNECTIONS: usize = 1000;
+/// Connections at once: ten thousand workers and a few hundred browsers, fewer where the system
+/// does not allow so many open files. Who comes later waits for a place.
+const MAX_CONNECTIONS: usize = 10_240;
+
+/// Open files for everything else: the store, the ledger, logs, checkpoints being completed.
+const OTHER_FILES: usize = 64;
 
 /// A client that says nothing for so long is no client of ours. Browsers open connections ahead
 /// of their use, so this has nothing to do with how soon a dead worker is known.
@@ -50,19 +54,20 @@ pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener, Coordinator
     })
 }
 
-/// Serves connections until it is told to stop; then none is left. A peer that is silent on TCP's
+/// Serves so many connections at once until it is told to stop; then none is left. A peer that is silent on TCP's
 /// level for a few times the failure budget is disconnected.
 pub(crate) async fn serve(
     listener: TcpListener,
     app: Router,
     timing: Timing,
+    places: usize,
     mut stop: oneshot::Receiver<()>,
 ) {
     let app = match listener.local_addr() {
         Ok(address) if !address.ip().is_loopback() => app,
         _ => app.layer(from_fn(from_this_machine)),
     };
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(places));
     let mut connections = JoinSet::new();
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
@@ -85,6 +90,19 @@ pub(crate) async fn serve(
             }
         }
     }
+}
+
+/// How many connections there may be at once. The usual bound of 1,024 open files a process is
+/// one that a process may raise itself.
+pub(crate) fn places() -> usize {
+    let bound = getrlimit(Resource::Nofile);
+    let wanted = (MAX_CONNECTIONS + OTHER_FILES) as u64;
+    // Where there is no bound, it is given as none.
+    let (now, most) = (bound.current.unwrap_or(u64::MAX), bound.maximum.unwrap_or(u64::MAX));
+    let raised = wanted.min(most);
+    let raise = || setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..bound }).is_ok();
+    let allowed = if now < raised && raise() { raised } else { now.min(wanted) };
+    (allowed as usize).saturating_sub(OTHER_FILES).max(1)
 }
 
 async fn connection(stream: TcpStream, peer: SocketAddr, app: Router, timing: Timing) {

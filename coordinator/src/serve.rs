@@ -179,7 +179,7 @@ pub(crate) async fn start<S: Store>(
     let service = caravan_wire::serve(Service::new(handle.clone(), timing));
     let app = http::routes(handle.clone()).route_service(GRPC, service);
     let (stop, stopped) = oneshot::channel();
-    let server = tokio::spawn(listen::serve(listener, app, timing, stopped));
+    let server = tokio::spawn(listen::serve(listener, app, timing, listen::places(), stopped));
     tracing::info!(%address, run = handle.snapshot().run, "listening for workers and browsers");
     Ok(Running { address, handle, stop, server })
 }

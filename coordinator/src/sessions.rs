@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::{Stream, StreamExt};
 use tonic::{Response, Status, Streaming};
 
 /// Events that may wait for one program that follows them.
@@ -67,7 +67,7 @@ impl Service {
             // A driver that has ended has ended all sessions.
             let _ended = requests.send(Request::Closed { session }).await;
         });
-        Ok(Box::pin(ReceiverStream::new(queued).map(|down| down.map(pb::ToWorker::from))))
+        Ok(Box::pin(ReceiverStream::new(queued)))
     }
 
     /// The first message, which must be there within the failure budget.

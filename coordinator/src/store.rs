@@ -16,6 +16,7 @@ use caravan_types::{Generation, Plan, Step};
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Where records are made durable.
 pub trait Store: Send + 'static {
@@ -35,7 +36,7 @@ pub struct State {
     /// The first worker id that was never given.
     pub next_worker: u64,
     /// The newest plan.
-    pub plan: Option<Plan>,
+    pub plan: Option<Arc<Plan>>,
     /// The checkpoint that was completed last.
     pub checkpoint: Option<Step>,
 }

@@ -19,6 +19,7 @@ use caravan_wire::{CoordinatorClient, Down, Timeouts, Up, connect, pb};
 use serde_json::Value;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -122,7 +123,7 @@ impl Worker {
     }
 
     /// Answers a stop as a worker that has nothing, and takes the plan.
-    async fn plan(&mut self) -> Plan {
+    async fn plan(&mut self) -> Arc<Plan> {
         loop {
             match self.next().await.unwrap().message().unwrap() {
                 ToWorker::Stop { generation, .. } => {

@@ -13,6 +13,7 @@ const FILES: [&str; 5] = [
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     let files = protox::compile(FILES, ["proto"])?;
-    tonic_prost_build::configure().compile_fds(files)?;
+    // What is sent to many is shared and not copied.
+    tonic_prost_build::configure().bytes(".caravan.v1.ToWorker.plan").compile_fds(files)?;
     Ok(())
 }

@@ -142,9 +142,9 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         ("cluster.stragglers=kill", "must be one of \"report\", \"rebalance\""),
         (
             "cluster.heartbeat=2s",
-            "two heartbeats (4s) must not be longer than silence (3s): one heartbeat may be late",
+            "two heartbeats (4s) must not be longer than silence (2.85s): one heartbeat may be late",
         ),
-        ("cluster.heartbeat=2s", "with cluster.detect = \"3s\" it may be from 1ms to 1.5s"),
+        ("cluster.heartbeat=2s", "with cluster.detect = \"3s\" it may be from 1ms to 1.425s"),
         ("cluster.heartbeat=soon", "must be a time with its unit"),
         (
             "cluster.reattach=500ms",

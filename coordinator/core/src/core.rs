@@ -1,6 +1,7 @@
 //! The coordinator's state and its transitions.
 
 use crate::accused::Accusations;
+use crate::away::Away;
 use crate::corrupt::Disputes;
 use crate::fallback::Fallback;
 use crate::hang::{self, Culprit};
@@ -16,8 +17,11 @@ use caravan_types::message::{
 use caravan_types::progress::Doing;
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
 use caravan_types::timing::millis;
-use caravan_types::{Generation, Member, Plan, SliceId, SliceSet, SliceTable, Step, WorkerId};
+use caravan_types::{
+    Generation, Member, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, Transfer, WorkerId, cost,
+};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// FLOP/s of a worker that says that its speed is 1: an ordinary core, with vectors of fp32.
 /// Only its ratio to the speed of the links decides anything.
@@ -35,7 +39,7 @@ pub struct Core {
     /// The newest generation that was announced.
     pub(crate) generation: Generation,
     /// The plan in force: none before the first one and after all its members died.
-    pub(crate) plan: Option<Plan>,
+    pub(crate) plan: Option<Arc<Plan>>,
     /// While regrouping: whether the step in flight is finished first.
     pub(crate) boundary: bool,
     /// When gathering ends with fewer workers than wanted, or a stop must be answered.
@@ -48,6 +52,9 @@ pub struct Core {
     pub(crate) accusations: Accusations,
     pub(crate) balance: Balance,
     pub(crate) disputes: Disputes,
+    pub(crate) away: Away,
+    /// When it was last looked for members that stand still.
+    looked: Millis,
     pub(crate) draining: bool,
     /// The step that is written down before everybody goes.
     pub(crate) saving: Option<Step>,
@@ -80,7 +87,7 @@ impl Core {
             config,
             demand,
             table,
-            disputes: Disputes::of(plan.as_ref()),
+            disputes: Disputes::of(plan.as_deref()),
             phase: match &plan {
                 _ if finished => Phase::Finished,
                 Some(_) => Phase::Recovering,
@@ -97,6 +104,8 @@ impl Core {
             fallback: Fallback::default(),
             accusations: Accusations::default(),
             balance: Balance::default(),
+            away: Away::default(),
+            looked: now,
             draining: false,
             saving: None,
             awaited,
@@ -119,6 +128,7 @@ impl Core {
         if self.over() {
             return self.turn_away(now, input, out);
         }
+        self.is_back(now);
         match input {
             Input::Hello { session, hello } => self.hello(now, session, hello, out),
             Input::Message { worker, message } => self.message(now, worker, message, out),
@@ -134,6 +144,7 @@ impl Core {
             Input::Drain => self.drain(now, out),
             Input::Tick => self.tick(now, out),
         }
+        self.will_be_back();
     }
 
     /// When a [`Input::Tick`] is wanted, if nothing else happens.
@@ -143,7 +154,7 @@ impl Core {
             return self.deadline;
         }
         let silence = millis(self.config.timing.silence());
-        let silent = self.members.iter().map(|(_, w)| w.heard + silence).min();
+        let silent = self.members.all_heard_since().map(|heard| heard + silence);
         silent.into_iter().chain(self.deadline).chain(self.accusations.until).min()
     }
 
@@ -290,7 +301,11 @@ impl Core {
             Phase::Regrouping => self.boundary,
             _ => false,
         };
-        let Some(plan) = self.plan.as_ref().filter(|_| stepping) else { return };
+        if !stepping || now < self.looked + self.members.pause() {
+            return;
+        }
+        self.looked = now;
+        let Some(plan) = &self.plan else { return };
         let timing = self.config.timing;
         // Opening data and reading a checkpoint are one task each, and as slow as a disk may be.
         let budget = |w: &Worker| match w.engine.doing {
@@ -298,10 +313,10 @@ impl Core {
             _ => millis(timing.hang()),
         };
         let still = |w: &Worker| now >= w.moved + budget(w);
-        let all: BTreeMap<WorkerId, &Worker> = self.members.iter().filter(|(id, _)| plan.has(*id)).collect();
-        if !all.values().any(|w| still(w)) {
+        if !self.members.iter().any(|(id, w)| still(w) && plan.has(id)) {
             return;
         }
+        let all: BTreeMap<WorkerId, &Worker> = self.members.iter().filter(|(id, _)| plan.has(*id)).collect();
         let Some(Culprit { worker, waiting }) = hang::culprit(&all, still) else { return };
         let Worker { moved, wait, engine, .. } = all[&worker];
         let (still_ms, doing, wait) = (now - moved, engine.doing, *wait);
@@ -310,11 +325,9 @@ impl Core {
     }
 
     fn tick(&mut self, now: Millis, out: &mut Vec<Output>) {
+        // Whoever was heard so long ago is lost, and not only who was heard before.
         let silence = millis(self.config.timing.silence());
-        let due = |heard: Millis| now >= heard + silence;
-        let silent: Vec<WorkerId> =
-            self.members.iter().filter(|(_, w)| due(w.heard)).map(|(id, _)| id).collect();
-        for worker in silent {
+        for worker in self.members.not_heard_since((now + 1).saturating_sub(silence)) {
             self.lose(now, worker, LossReason::Silent, out);
         }
         if self.accusations.until.is_some_and(|until| now >= until) {
@@ -346,10 +359,10 @@ impl Core {
         if self.phase == Phase::Recovering {
             return self.recover(now, false, out);
         }
-        let dead = self.plan.iter().flat_map(|p| &p.members).any(|m| !self.members.has(m.worker));
         if self.members.is_empty() {
             return self.empty(out);
         }
+        let dead = || self.plan.iter().any(|p| !self.members.have_all(p.members.iter().map(|m| m.worker)));
         match self.phase {
             Phase::Gathering if self.members.len() >= self.config.workers as usize => {
                 self.stop(now, false, out)
@@ -357,9 +370,9 @@ impl Core {
             Phase::Gathering => {
                 self.deadline.get_or_insert(now + millis(self.config.timing.answer()));
             }
-            Phase::Regrouping if dead && self.boundary => self.stop(now, false, out),
+            Phase::Regrouping if self.boundary && dead() => self.stop(now, false, out),
             Phase::Regrouping => self.decide(now, out),
-            Phase::Running | Phase::Draining if dead => self.stop(now, false, out),
+            Phase::Running | Phase::Draining if dead() => self.stop(now, false, out),
             Phase::Running if self.wants_change() => self.stop(now, true, out),
             _ => {}
         }
@@ -416,10 +429,7 @@ impl Core {
         if !(sets.into_iter().all(in_range) && report.prepared.iter().all(in_range)) {
             return self.lose(now, worker, LossReason::Misbehaved, out);
         }
-        if let Some(known) = self.members.get_mut(worker) {
-            known.applied = report.applied;
-            known.report = Some(report);
-        }
+        self.members.report(worker, report);
         self.decide(now, out);
     }
 
@@ -471,7 +481,7 @@ impl Core {
         let plan =
             planner::plan(&self.demand, &self.table, self.generation, start, &candidates, before, disputes);
         let plan = match plan {
-            Ok(plan) => plan,
+            Ok(plan) => Arc::new(plan),
             // Everybody has stopped and keeps what it has: whoever comes or goes is asked to
             // report too, and then it is tried again.
             Err(reason) => return out.push(Output::Note(Event::NoPlan { reason: reason.to_string() })),
@@ -480,10 +490,10 @@ impl Core {
             out.push(Output::Note(Event::RolledBack { from, to: plan.base }));
         }
         self.committed = self.committed.take().filter(|c| c.step <= plan.base);
-        out.push(Output::Persist(Record::Plan(plan.clone())));
-        out.push(Output::Note(planned(&plan)));
+        out.push(Output::Persist(Record::Plan(Arc::clone(&plan))));
+        out.push(Output::Note(planned(&plan, &self.table)));
         for worker in plan.members.iter().map(|m| m.worker) {
-            out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
+            out.push(Output::Send { worker, message: ToWorker::Plan(Arc::clone(&plan)) });
         }
         self.balance.planned(plan.base);
         self.disputes.planned();
@@ -536,12 +546,18 @@ impl Core {
     }
 }
 
-fn planned(plan: &Plan) -> Event {
-    let from_peer = |t: &&caravan_types::Transfer| matches!(t.from, caravan_types::Source::Peer(_));
+fn planned(plan: &Plan, table: &SliceTable) -> Event {
+    let from_peers = || plan.transfers.iter().filter(|t| matches!(t.from, Source::Peer(_)));
+    let bytes = |t: &Transfer| {
+        let elements = t.slices.iter().filter_map(|id| table.get(id)).map(|slice| slice.len() as u64);
+        let each = if t.part == Part::State { cost::STATE } else { cost::FP32 };
+        each * elements.sum::<u64>()
+    };
     Event::Planned {
         generation: plan.generation,
         base: plan.base,
         members: plan.members.iter().map(|m| m.worker).collect(),
-        moved: plan.transfers.iter().filter(from_peer).map(|t| t.slices.len() as u64).sum(),
+        moved: from_peers().map(|t| t.slices.len() as u64).sum(),
+        bytes: from_peers().map(bytes).sum(),
     }
 }

@@ -60,11 +60,11 @@ impl Core {
     fn open_checkpoint(&mut self, generation: Generation, step: Step) {
         match &self.plan {
             Some(plan) if plan.generation == generation => {
-                let owners = plan.owners.iter().flatten().copied().collect();
+                let owners = || plan.owners.iter().flatten().copied().collect();
                 self.saves.open(generation, step, owners);
             }
             _ if generation == self.generation && self.saving == Some(step) => {
-                self.saves.open(generation, step, BTreeSet::new());
+                self.saves.open(generation, step, BTreeSet::new);
             }
             _ => {}
         }

@@ -14,14 +14,16 @@
 //! Reading order: [`Core`] turns inputs into a change of membership and asks `regroup` what the
 //! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out
 //! the slices, `saves` watches checkpoints being written, `ending` is how a run ends. `hang` finds who
-//! stands still, `accused` whose connections break, `pace` who is slow, `corrupt` who has wrong bits;
-//! `fallback` looks for an older checkpoint; `recover` is what a restarted coordinator does first.
+//! stands still, `accused` whose connections break, `pace` who is slow, `corrupt` who has wrong bits,
+//! `away` that it was the coordinator itself; `fallback` looks for an older checkpoint; `recover` is
+//! what a restarted coordinator does first.
 
 #[macro_use]
 mod mutant;
 
 mod accused;
 mod around;
+mod away;
 mod core;
 mod corrupt;
 mod ending;
@@ -46,6 +48,7 @@ use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
 use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, Timing, WorkerId};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Milliseconds on a clock that only goes forward, from any origin.
 pub type Millis = u64;
@@ -89,7 +92,7 @@ pub struct Restored {
     pub checkpoint: Option<Step>,
     /// The plan that was in force, where its members may be alive and stepping: they are waited
     /// for.
-    pub plan: Option<Plan>,
+    pub plan: Option<Arc<Plan>>,
     /// The newest step that is known to have been committed.
     pub committed: Option<Committed>,
 }
@@ -146,7 +149,7 @@ pub enum Record {
     /// The first worker id that was never given.
     Worker(u64),
     /// This plan is about to be in force.
-    Plan(Plan),
+    Plan(Arc<Plan>),
     /// No plan is in force any more: the run is over, or all members are gone.
     Disbanded,
     /// This checkpoint is complete.

@@ -114,8 +114,8 @@ impl Pace {
 /// The usual ratio of those that have one; none where there is nobody to compare with.
 fn usual<'a>(workers: impl Iterator<Item = &'a Worker>) -> Option<f64> {
     let mut ratios: Vec<f64> = workers.filter_map(|w| w.pace.ratio).collect();
-    ratios.sort_by(f64::total_cmp);
-    (ratios.len() > 1).then(|| ratios[ratios.len() / 2])
+    let middle = ratios.len() / 2;
+    (ratios.len() > 1).then(|| *ratios.select_nth_unstable_by(middle, f64::total_cmp).1)
 }
 
 /// When the plan was last made for measured speeds, and whether it should be again.
@@ -123,6 +123,8 @@ fn usual<'a>(workers: impl Iterator<Item = &'a Worker>) -> Option<f64> {
 pub(crate) struct Balance {
     stale: bool,
     at: Option<Step>,
+    /// The usual ratio, and when it was found out.
+    usual: Option<(Millis, f64)>,
 }
 
 impl Balance {
@@ -157,7 +159,12 @@ impl Core {
         if !known.pace.sample(sample, least_ms, known.speed) {
             return;
         }
-        let Some(usual) = usual(self.members.iter().map(|(_, w)| w)) else { return };
+        // The middle of so many does not move much in [`Members::pause`].
+        let pause = self.members.pause();
+        let fresh = self.balance.usual.filter(|(at, _)| now < at + pause);
+        let found = fresh.or_else(|| Some((now, usual(self.members.iter().map(|(_, w)| w))?)));
+        self.balance.usual = found;
+        let Some((_, usual)) = found else { return };
         let turn = self.members.get_mut(worker).and_then(|w| w.pace.compare(usual));
         match turn {
             None => return,
@@ -166,7 +173,9 @@ impl Core {
         }
         if self.config.stragglers == Stragglers::Rebalance {
             self.balance.stale = true;
-            self.consider(now, out);
+            if self.balance.is_due(self.step()) {
+                self.consider(now, out);
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::{Core, Millis, Output, Session};
 use caravan_types::WorkerId;
 use caravan_types::message::{Hello, ToWorker};
 use caravan_types::status::{Event, LossReason, Phase};
+use std::sync::Arc;
 
 impl Core {
     /// A member is back.
@@ -48,7 +49,7 @@ impl Core {
             // it; who has it does not take it twice.
             let told = if mutant!(self, PlanToldOnce) { &[][..] } else { &plan.members };
             for worker in told.iter().map(|m| m.worker) {
-                out.push(Output::Send { worker, message: ToWorker::Plan(plan.clone()) });
+                out.push(Output::Send { worker, message: ToWorker::Plan(Arc::clone(plan)) });
             }
             match self.disputes.early.take() {
                 Some((worker, generation, disputes)) => self.diverged(now, worker, generation, disputes, out),

@@ -15,10 +15,16 @@ pub(crate) type Vouched = BTreeMap<WorkerId, Vec<(SliceId, SliceSum)>>;
 /// One checkpoint.
 #[derive(Clone, Debug, Default)]
 struct Open {
+    /// As they came.
     parts: Vec<SavedPart>,
+    /// Their files.
+    files: BTreeSet<String>,
+    covered: SliceSet,
+    /// Slices of all parts; more than are covered where one is in two parts.
+    named: usize,
     vouched: Vouched,
-    /// Who has to vouch.
-    owners: BTreeSet<WorkerId>,
+    /// Who still has to vouch.
+    silent: BTreeSet<WorkerId>,
 }
 
 /// Checkpoints by who asked for them and for which step. Parts of different generations are
@@ -30,8 +36,13 @@ pub(crate) struct Saves {
 
 impl Saves {
     /// Opens a checkpoint, if it is not open: these have to vouch for it.
-    pub(crate) fn open(&mut self, generation: Generation, step: Step, owners: BTreeSet<WorkerId>) {
-        self.open.entry((generation, step)).or_insert_with(|| Open { owners, ..Open::default() });
+    pub(crate) fn open(
+        &mut self,
+        generation: Generation,
+        step: Step,
+        owners: impl FnOnce() -> BTreeSet<WorkerId>,
+    ) {
+        self.open.entry((generation, step)).or_insert_with(|| Open { silent: owners(), ..Open::default() });
         while self.open.len() > MOST {
             self.open.pop_first();
         }
@@ -40,7 +51,9 @@ impl Saves {
     /// Adds a part, where the checkpoint is open.
     pub(crate) fn add(&mut self, generation: Generation, step: Step, part: SavedPart) {
         let Some(open) = self.open.get_mut(&(generation, step)) else { return };
-        if !open.parts.iter().any(|p| p.file == part.file) {
+        if open.files.insert(part.file.clone()) {
+            open.covered.extend(part.slices.iter().map(|(id, _)| *id));
+            open.named += part.slices.len();
             open.parts.push(part);
         }
     }
@@ -54,6 +67,7 @@ impl Saves {
         sums: Vec<(SliceId, SliceSum)>,
     ) {
         if let Some(open) = self.open.get_mut(&(generation, step)) {
+            open.silent.remove(&worker);
             open.vouched.insert(worker, sums);
         }
     }
@@ -66,11 +80,8 @@ impl Saves {
         step: Step,
         slices: usize,
     ) -> Option<(Vec<SavedPart>, Vouched)> {
-        let Open { parts, vouched, owners } = self.open.get(&(generation, step))?;
-        let named = || parts.iter().flat_map(|p| p.slices.iter().map(|(id, _)| *id));
-        let covered: SliceSet = named().collect();
-        let whole = covered.len() == slices && named().count() == slices;
-        if !whole || !owners.iter().all(|owner| vouched.contains_key(owner)) {
+        let Open { covered, named, silent, .. } = self.open.get(&(generation, step))?;
+        if *named != slices || covered.len() != slices || !silent.is_empty() {
             return None;
         }
         self.open.remove(&(generation, step)).map(|open| (open.parts, open.vouched))
@@ -96,7 +107,7 @@ mod tests {
     fn parts_of_two_generations_never_make_one_checkpoint() {
         let mut saves = Saves::default();
         for (generation, file, slice) in [(1, "a", 0), (2, "b", 1)] {
-            saves.open(Generation(generation), Step(5), BTreeSet::new());
+            saves.open(Generation(generation), Step(5), BTreeSet::new);
             saves.add(Generation(generation), Step(5), part(file, &[slice]));
             assert_eq!(saves.take(Generation(generation), Step(5), 2), None);
         }
@@ -107,7 +118,7 @@ mod tests {
     #[test]
     fn what_an_owner_has_not_vouched_for_is_not_complete() {
         let (mut saves, [a, b]) = (Saves::default(), [1, 2].map(WorkerId));
-        saves.open(Generation(1), Step(5), [a, b].into());
+        saves.open(Generation(1), Step(5), || [a, b].into());
         saves.add(Generation(1), Step(5), part("a", &[0]));
         saves.vouch(Generation(1), Step(5), a, Vec::new());
         assert_eq!(saves.take(Generation(1), Step(5), 1), None);
@@ -119,7 +130,7 @@ mod tests {
     fn what_can_never_be_complete_is_forgotten() {
         let mut saves = Saves::default();
         for step in 0..100 {
-            saves.open(Generation(1), Step(step), BTreeSet::new());
+            saves.open(Generation(1), Step(step), BTreeSet::new);
             saves.add(Generation(1), Step(step), part("a", &[0]));
         }
         assert!(saves.open.len() <= MOST);

@@ -26,7 +26,19 @@ impl Store for GatedStore {
 }
 
 type Append = (Vec<Record>, oneshot::Sender<Result<(), StoreError>>);
-type Inbox = mpsc::Receiver<Result<Down, Status>>;
+
+/// What a session is told, read as a worker reads it.
+struct Inbox(mpsc::Receiver<Result<pb::ToWorker, Status>>);
+
+impl Inbox {
+    async fn recv(&mut self) -> Option<Result<Down, Status>> {
+        self.0.recv().await.map(read)
+    }
+}
+
+fn read(message: Result<pb::ToWorker, Status>) -> Result<Down, Status> {
+    Ok(Down::try_from(message?).unwrap())
+}
 
 struct Bench {
     requests: mpsc::Sender<Request>,
@@ -109,7 +121,7 @@ impl Bench {
         let session = Session(session);
         let hello = hello(&format!("worker {}", session.0));
         self.requests.send(Request::Hello { session, hello, outbox }).await.unwrap();
-        inbox
+        Inbox(inbox)
     }
 
     async fn say(&self, session: u64, message: FromWorker) {
@@ -161,7 +173,7 @@ async fn nothing_is_seen_outside_before_the_records_before_it_are_durable() {
     let mut durable = State::default();
     let mut inboxes = StreamMap::new();
     for session in 0..2 {
-        inboxes.insert(session, ReceiverStream::new(b.join(session, OUTBOX).await));
+        inboxes.insert(session, ReceiverStream::new(b.join(session, OUTBOX).await.0));
     }
     let (mut appends, mut plans) = (0, 0);
     // Two workers join and agree on a plan, a third one joins them, one dies: every kind of
@@ -178,14 +190,14 @@ async fn nothing_is_seen_outside_before_the_records_before_it_are_durable() {
                 continue;
             }
         };
-        let message = message.unwrap();
+        let message = read(message).unwrap();
         assert!(allowed(&message, &durable), "{message:?} with {durable:?}");
         match message {
             Down::Message(ToWorker::Stop { generation, .. }) => b.say(session, report(generation)).await,
             Down::Message(ToWorker::Plan(_)) => {
                 plans += 1;
                 match plans {
-                    2 => drop(inboxes.insert(2, ReceiverStream::new(b.join(2, OUTBOX).await))),
+                    2 => drop(inboxes.insert(2, ReceiverStream::new(b.join(2, OUTBOX).await.0))),
                     5 => b.requests.send(Request::Closed { session: Session(1) }).await.unwrap(),
                     _ => {}
                 }
@@ -259,7 +271,7 @@ async fn a_worker_that_does_not_read_is_cut_and_the_others_go_on() {
     }
     let lost = Event::Lost { worker: WorkerId(2), reason: LossReason::SessionClosed };
     assert!(b.events().await.contains(&lost));
-    assert!(deaf.is_closed() || deaf.len() == 1);
+    assert!(deaf.0.is_closed() || deaf.0.len() == 1);
 }
 
 #[tokio::test]

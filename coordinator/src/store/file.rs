@@ -189,9 +189,10 @@ fn compact(folder: &Path, state: &State) -> Result<(File, u64), StoreError> {
 mod tests {
     use super::*;
     use caravan_types::{Generation, Plan, Step};
+    use std::sync::Arc;
 
-    fn plan(generation: u64) -> Plan {
-        Plan {
+    fn plan(generation: u64) -> Arc<Plan> {
+        Arc::new(Plan {
             generation: Generation(generation),
             base: Step(7),
             norm: Some(0.1),
@@ -201,7 +202,7 @@ mod tests {
             transfers: vec![],
             idle: vec![],
             disputes: vec![],
-        }
+        })
     }
 
     fn some_records() -> Vec<Record> {

@@ -6,6 +6,7 @@ use crate::{Dispute, Generation, Plan, RunSpec, SliceId, SliceSet, SliceSum, Ste
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
 pub const PROTOCOL_VERSION: u32 = 4;
@@ -280,8 +281,8 @@ pub enum ToWorker {
         /// at once (a change that is suffered).
         boundary: bool,
     },
-    /// The plan of the generation that was stopped for.
-    Plan(Plan),
+    /// The plan of the generation that was stopped for. All members are told the same one.
+    Plan(Arc<Plan>),
     /// Write these slices, which the worker reported at `step`, as a part of a checkpoint.
     Save {
         /// The generation that was stopped for.

@@ -123,6 +123,9 @@ pub enum Event {
         members: Vec<WorkerId>,
         /// Slices that move from members, with weights and state counted one each.
         moved: u64,
+        /// How much that is, in bytes.
+        #[serde(default)]
+        bytes: u64,
     },
     /// Nobody alive had some slices: the run goes back.
     RolledBack {
@@ -273,10 +276,13 @@ impl fmt::Display for Event {
             ),
             Self::Recovers { worker } => write!(f, "{worker} is not slow any more"),
             Self::Stopping { generation, boundary: false } => write!(f, "stopping at once for {generation}"),
-            Self::Planned { generation, base, members, moved } => {
+            Self::Planned { generation, base, members, moved, bytes } => {
                 let s = if members.len() == 1 { "" } else { "s" };
                 write!(f, "{generation} goes on from step {base} with {} worker{s}", members.len())?;
-                if *moved > 0 { write!(f, ", {moved} slices move") } else { Ok(()) }
+                match *moved {
+                    0 => Ok(()),
+                    moved => write!(f, ", {moved} slices move ({:.1} MB)", *bytes as f64 / 1e6),
+                }
             }
             Self::RolledBack { from, to } => {
                 write!(f, "some slices have no owner left: the run goes back from step {from} to step {to}")

@@ -83,10 +83,11 @@ impl Timing {
         self.set_heartbeat().unwrap_or(self.detect() / 4).max(Duration::from_millis(1))
     }
 
-    /// Of silence, and a worker is lost: that is what the failure budget means.
+    /// Of silence, and a worker is lost: the failure budget less a twentieth, which is for the last
+    /// sign of life on its way and for the news of the loss, so that it is known within the budget.
     #[must_use]
     pub const fn silence(&self) -> Duration {
-        self.detect()
+        Duration::from_millis(self.detect_ms - self.detect_ms / 20)
     }
 
     /// Without progress, and a member that others wait for is cut out. It is heard all the time,
@@ -184,7 +185,7 @@ impl Timing {
     /// have been lost by its silence.
     #[must_use]
     pub const fn dial(&self) -> Duration {
-        self.detect()
+        self.silence()
     }
 
     /// At most between two attempts to reach it: detect / 15, from 10 to 200 milliseconds.
@@ -202,17 +203,17 @@ impl Timing {
     /// Probes of an idle connection that may go unanswered.
     pub const PEER_PROBES: u32 = 2;
 
-    /// Between such probes, and before the first: with detect / 3, the second one is missed when
-    /// the failure budget is spent. The kernel counts in whole seconds, so at least one.
+    /// Between such probes, and before the first: with silence / 3, the second one is missed when
+    /// the time of silence is over. The kernel counts in whole seconds, so at least one.
     #[must_use]
     pub fn peer_probe(&self) -> Duration {
-        (self.detect() / (Self::PEER_PROBES + 1)).max(Duration::from_secs(1))
+        (self.silence() / (Self::PEER_PROBES + 1)).max(Duration::from_secs(1))
     }
 
     /// For a peer's kernel to acknowledge what was sent, or to have room for it.
     #[must_use]
     pub const fn unacknowledged(&self) -> Duration {
-        self.detect()
+        self.silence()
     }
 
     /// For a connection to wait for its plan: 4 · detect. A plan comes within the budget of the
@@ -393,7 +394,7 @@ impl Timing {
             ),
             order(
                 ("see off", self.see_off()),
-                ("silence", self.silence()),
+                ("detect", self.detect()),
                 "whoever is silent is not waited for",
             ),
             order(
@@ -470,9 +471,9 @@ mod tests {
     fn an_override_is_in_order_exactly_within_its_range() {
         let timing = Timing::default();
         let heartbeat = |ms| timing.with_heartbeat(Some(Duration::from_millis(ms))).validate();
-        assert_eq!((heartbeat(1), heartbeat(1500)), (Ok(()), Ok(())));
-        let told = heartbeat(1501).map_err(|e| e.to_string());
-        let expected = "two heartbeats (3.002s) must not be longer than silence (3s): one heartbeat may be late or lost without its worker being lost";
+        assert_eq!((heartbeat(1), heartbeat(1425)), (Ok(()), Ok(())));
+        let told = heartbeat(1426).map_err(|e| e.to_string());
+        let expected = "two heartbeats (2.852s) must not be longer than silence (2.85s): one heartbeat may be late or lost without its worker being lost";
         assert_eq!(told, Err(expected.into()));
         let reattach = |ms| timing.with_reattach(Some(Duration::from_millis(ms))).validate();
         assert_eq!((reattach(1000), reattach(600_000)), (Ok(()), Ok(())));

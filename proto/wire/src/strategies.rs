@@ -16,6 +16,7 @@ use proptest::option;
 use proptest::prelude::*;
 use std::ops::Range;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A step, generation or worker number; small ones and those at the border more often.
@@ -267,7 +268,7 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
     prop_oneof![
         (generation(), any::<bool>())
             .prop_map(|(generation, boundary)| ToWorker::Stop { generation, boundary }),
-        plan().prop_map(ToWorker::Plan),
+        plan().prop_map(|plan| ToWorker::Plan(Arc::new(plan))),
         (generation(), step(), set(MAX_SLICES)).prop_map(|(generation, step, slices)| ToWorker::Save {
             generation,
             step,
@@ -368,8 +369,14 @@ fn event() -> impl Strategy<Value = Event> {
         (worker(), reason).prop_map(|(worker, reason)| Event::Lost { worker, reason }),
         (generation(), any::<bool>())
             .prop_map(|(generation, boundary)| Event::Stopping { generation, boundary }),
-        (generation(), step(), vec(worker(), 0..4), any::<u64>()).prop_map(
-            |(generation, base, members, moved)| Event::Planned { generation, base, members, moved }
+        (generation(), step(), vec(worker(), 0..4), any::<u64>(), any::<u64>()).prop_map(
+            |(generation, base, members, moved, bytes)| Event::Planned {
+                generation,
+                base,
+                members,
+                moved,
+                bytes
+            }
         ),
         (step(), step()).prop_map(|(from, to)| Event::RolledBack { from, to }),
         step().prop_map(|step| Event::CheckpointWritten { step }),

@@ -10,13 +10,14 @@ use caravan_types::progress::Stragglers;
 use caravan_types::status::{Event, Phase};
 use caravan_types::timing::Timing;
 use caravan_types::{Generation, Plan, Step, Subject, WorkerId};
+use std::sync::Arc;
 
 /// What survives the coordinator.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Store {
     generation: Generation,
     next_worker: u64,
-    plan: Option<Plan>,
+    plan: Option<Arc<Plan>>,
     /// The ledger.
     committed: Vec<Committed>,
 }

@@ -74,6 +74,7 @@ impl<'a> Ballot<'a> {
 mod tests {
     use super::*;
     use caravan_types::{Generation, Member, ModelShape, Pipeline, Plan, SliceSum, SliceTable, Stage};
+    use std::sync::Arc;
 
     fn votes(given: &[(f64, u32, u32)]) -> BTreeMap<WorkerId, Prepared> {
         let vote = |(norm, gradient, weights): &(f64, u32, u32)| Prepared {
@@ -125,7 +126,7 @@ mod tests {
             idle: Vec::new(),
             disputes: Vec::new(),
         };
-        Place::new(a, plan, table, shape.units()).unwrap()
+        Place::new(a, Arc::new(plan), table, shape.units()).unwrap()
     }
 
     #[test]

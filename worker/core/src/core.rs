@@ -15,6 +15,7 @@ use caravan_types::{
     Generation, Part, Plan, SliceId, SliceSet, SliceSum, SliceTable, Source, Step, WorkerId,
 };
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// The worker's decisions. See the crate's head for the driver's duties.
 #[derive(Clone, Debug)]
@@ -222,7 +223,7 @@ impl Core {
     }
 
     /// Takes a plan into force: finish the step that others have applied, then heal.
-    fn adopt(&mut self, now: Millis, plan: Plan, out: &mut Vec<Output>) {
+    fn adopt(&mut self, now: Millis, plan: Arc<Plan>, out: &mut Vec<Output>) {
         let stale = plan.generation != self.promised || self.place.is_some();
         if stale && !mutant!(self, StalePlan) {
             return;

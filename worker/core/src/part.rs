@@ -7,12 +7,13 @@ use caravan_types::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// What one worker is to do and to expect in one generation.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) me: WorkerId,
-    pub(crate) plan: Plan,
+    pub(crate) plan: Arc<Plan>,
     /// Its own lanes; empty for a member without any.
     pub(crate) lanes: Range<Lane>,
     /// Its own units; empty for a member without lanes.
@@ -39,7 +40,7 @@ pub(crate) struct Place {
 
 impl Place {
     /// None where the worker is not a member, or where the plan does not fit the model.
-    pub(crate) fn new(me: WorkerId, plan: Plan, table: &SliceTable, units: u32) -> Option<Self> {
+    pub(crate) fn new(me: WorkerId, plan: Arc<Plan>, table: &SliceTable, units: u32) -> Option<Self> {
         if !plan.has(me) || plan.owners.len() != table.len() || plan.owners.iter().any(Vec::is_empty) {
             return None;
         }

@@ -13,6 +13,7 @@ use caravan_types::{
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
@@ -138,7 +139,7 @@ async fn three_steps(workers: u64) -> (Vec<(u64, u64, u64)>, Vec<Digest>) {
     let (run, mut stub) = (Run::new(), Stub::start().await);
     let (workers, mut talks, members) = gather(&run, &mut stub, workers).await;
     for talk in &mut talks {
-        talk.say(ToWorker::Plan(run.plan(&members))).await;
+        talk.say(ToWorker::Plan(Arc::new(run.plan(&members)))).await;
     }
     let mut commits = Vec::new();
     for step in 1..=3 {
@@ -187,7 +188,7 @@ async fn a_worker_whose_peer_dies_tells_of_it() {
     let (run, mut stub) = (Run { detect_ms: 500, ..Run::new() }, Stub::start().await);
     let (mut workers, mut talks, members) = gather(&run, &mut stub, 2).await;
     // The second one never gets the plan, so nobody can commit.
-    talks[0].say(ToWorker::Plan(run.plan(&members))).await;
+    talks[0].say(ToWorker::Plan(Arc::new(run.plan(&members)))).await;
     workers.pop().unwrap().abort();
     let lost = FromWorker::PeerLost { generation: Generation(1), peer: WorkerId(2) };
     assert_eq!(talks[0].news().await, Some(lost));
@@ -211,7 +212,7 @@ async fn other_data_than_the_run_s_is_refused_by_name() {
 async fn a_worker_goes_on_without_its_coordinator_and_tells_the_next_one_what_it_missed() {
     let (run, mut stub) = (Run::new(), Stub::start().await);
     let (mut workers, mut talks, members) = gather(&run, &mut stub, 1).await;
-    talks[0].say(ToWorker::Plan(run.plan(&members))).await;
+    talks[0].say(ToWorker::Plan(Arc::new(run.plan(&members)))).await;
     // Nobody hears of a step from here on.
     talks.clear();
     let known = Welcome { committed: Step(1), ..run.welcome(1) };

@@ -29,15 +29,15 @@ pub(super) fn sums(
     sums.into_iter().map(sum).collect()
 }
 
-pub(super) fn put_disputes(disputes: Vec<Dispute>) -> Vec<pb::Dispute> {
-    let said = |(worker, opinion): (WorkerId, Opinion)| pb::Said { worker: worker.0, opinion: opinion.0 };
-    let dispute = |dispute: Dispute| pb::Dispute {
+pub(super) fn put_disputes(disputes: &[Dispute]) -> Vec<pb::Dispute> {
+    let said = |(worker, opinion): &(WorkerId, Opinion)| pb::Said { worker: worker.0, opinion: opinion.0 };
+    let dispute = |dispute: &Dispute| pb::Dispute {
         slice: dispute.slice.0,
         step: dispute.step.0,
         subject: pb::Subject::from(dispute.subject).into(),
-        said: dispute.said.into_iter().map(said).collect(),
+        said: dispute.said.iter().map(said).collect(),
     };
-    disputes.into_iter().map(dispute).collect()
+    disputes.iter().map(dispute).collect()
 }
 
 pub(super) fn disputes(disputes: Vec<pb::Dispute>, field: &'static str) -> Result<Vec<Dispute>, Malformed> {

@@ -41,18 +41,18 @@ pub(super) fn lanes(lanes: Option<pb::LaneRange>, field: &'static str) -> Result
     limits::range(lanes.start, lanes.end, MAX_LANES, field)
 }
 
-impl From<Plan> for pb::Plan {
-    fn from(plan: Plan) -> Self {
+impl From<&Plan> for pb::Plan {
+    fn from(plan: &Plan) -> Self {
         Self {
             generation: plan.generation.0,
             base: plan.base.0,
             norm: plan.norm,
-            members: plan.members.into_iter().map(Into::into).collect(),
-            pipelines: plan.pipelines.into_iter().map(Into::into).collect(),
-            owners: plan.owners.into_iter().map(Into::into).collect(),
-            transfers: plan.transfers.into_iter().map(Into::into).collect(),
-            idle: plan.idle.into_iter().map(Into::into).collect(),
-            disputes: put_disputes(plan.disputes),
+            members: plan.members.iter().map(Into::into).collect(),
+            pipelines: plan.pipelines.iter().map(Into::into).collect(),
+            owners: plan.owners.iter().map(Into::into).collect(),
+            transfers: plan.transfers.iter().map(Into::into).collect(),
+            idle: plan.idle.iter().map(Into::into).collect(),
+            disputes: put_disputes(&plan.disputes),
         }
     }
 }
@@ -110,8 +110,8 @@ fn one_transfer(transfer: pb::Transfer, slices: u32) -> Result<Transfer, Malform
     })
 }
 
-impl From<Transfer> for pb::Transfer {
-    fn from(transfer: Transfer) -> Self {
+impl From<&Transfer> for pb::Transfer {
+    fn from(transfer: &Transfer) -> Self {
         use pb::transfer::From;
         Self {
             to: transfer.to.0,
@@ -126,9 +126,9 @@ impl From<Transfer> for pb::Transfer {
     }
 }
 
-impl From<Member> for pb::Member {
-    fn from(member: Member) -> Self {
-        Self { worker: member.worker.0, fabric: member.fabric }
+impl From<&Member> for pb::Member {
+    fn from(member: &Member) -> Self {
+        Self { worker: member.worker.0, fabric: member.fabric.clone() }
     }
 }
 
@@ -143,14 +143,17 @@ impl TryFrom<pb::Member> for Member {
     }
 }
 
-impl From<Pipeline> for pb::Pipeline {
-    fn from(pipeline: Pipeline) -> Self {
-        let stage = |stage: Stage| pb::Stage {
+impl From<&Pipeline> for pb::Pipeline {
+    fn from(pipeline: &Pipeline) -> Self {
+        let stage = |stage: &Stage| pb::Stage {
             worker: stage.worker.0,
             first_unit: stage.units.start,
             end_unit: stage.units.end,
         };
-        Self { stages: pipeline.stages.into_iter().map(stage).collect(), lanes: Some(pipeline.lanes.into()) }
+        Self {
+            stages: pipeline.stages.iter().map(stage).collect(),
+            lanes: Some(pipeline.lanes.clone().into()),
+        }
     }
 }
 
@@ -172,9 +175,9 @@ impl TryFrom<pb::Pipeline> for Pipeline {
     }
 }
 
-impl From<Vec<WorkerId>> for pb::Owners {
-    fn from(owners: Vec<WorkerId>) -> Self {
-        Self { workers: owners.into_iter().map(|worker| worker.0).collect() }
+impl From<&Vec<WorkerId>> for pb::Owners {
+    fn from(owners: &Vec<WorkerId>) -> Self {
+        Self { workers: owners.iter().map(|worker| worker.0).collect() }
     }
 }
 
@@ -182,9 +185,9 @@ fn owners(owners: pb::Owners) -> Result<Vec<WorkerId>, Malformed> {
     limits::workers(owners.workers, "Owners.workers")
 }
 
-impl From<(WorkerId, IdleReason)> for pb::Idle {
-    fn from((worker, reason): (WorkerId, IdleReason)) -> Self {
-        Self { worker: worker.0, reason: pb::IdleReason::from(reason).into() }
+impl From<&(WorkerId, IdleReason)> for pb::Idle {
+    fn from((worker, reason): &(WorkerId, IdleReason)) -> Self {
+        Self { worker: worker.0, reason: pb::IdleReason::from(*reason).into() }
     }
 }
 

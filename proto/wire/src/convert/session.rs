@@ -7,6 +7,7 @@ use crate::error::{Malformed, Why};
 use crate::limits::{self, MAX_RUN_SPEC, MAX_SLICES, count, cut, required, text, texts};
 use crate::session::{Down, Up};
 use crate::{pb, pb::from_worker, pb::to_worker};
+use bytes::Bytes;
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, ToWorker, Welcome,
 };
@@ -14,7 +15,9 @@ use caravan_types::progress::EngineProgress;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::task::SavedPart;
 use caravan_types::timing::millis;
-use caravan_types::{Digest, RunSpec, SliceId, Timing};
+use caravan_types::{Digest, Plan, RunSpec, SliceId, Timing};
+use prost::Message as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 variants!(
@@ -95,10 +98,10 @@ impl From<FromWorker> for from_worker::Message {
             FromWorker::Diverged { generation, step, disputes } => Self::Diverged(pb::Diverged {
                 generation: generation.0,
                 step: step.0,
-                disputes: put_disputes(disputes),
+                disputes: put_disputes(&disputes),
             }),
             FromWorker::Settled { generation, disputes } => {
-                Self::Settled(pb::Settled { generation: generation.0, disputes: put_disputes(disputes) })
+                Self::Settled(pb::Settled { generation: generation.0, disputes: put_disputes(&disputes) })
             }
             FromWorker::Corrupt { what } => Self::Corrupt(pb::Corrupt { what: cut(what) }),
             FromWorker::Vouched { generation, step, sums } => {
@@ -136,6 +139,11 @@ fn from_json<T: serde::de::DeserializeOwned>(json: &[u8], field: &'static str) -
     serde_json::from_slice(json).map_err(|error| Why::Unreadable(error.to_string()).at(field))
 }
 
+fn decoded(plan: Bytes) -> Result<Plan, Malformed> {
+    let plan = pb::Plan::decode(plan).map_err(|e| Why::Unreadable(e.to_string()).at("ToWorker.plan"))?;
+    plan.try_into()
+}
+
 impl TryFrom<pb::ToWorker> for Down {
     type Error = Malformed;
 
@@ -148,7 +156,7 @@ impl TryFrom<pb::ToWorker> for Down {
                 generation: limits::generation(stop.generation, "Stop.generation")?,
                 boundary: stop.boundary,
             },
-            Message::Plan(plan) => ToWorker::Plan(plan.try_into()?),
+            Message::Plan(plan) => ToWorker::Plan(Arc::new(decoded(plan)?)),
             Message::Save(save) => ToWorker::Save {
                 generation: limits::generation(save.generation, "Save.generation")?,
                 step: limits::step(save.step, "Save.step")?,
@@ -165,7 +173,7 @@ impl From<ToWorker> for to_worker::Message {
             ToWorker::Stop { generation, boundary } => {
                 Self::Stop(pb::Stop { generation: generation.0, boundary })
             }
-            ToWorker::Plan(plan) => Self::Plan(plan.into()),
+            ToWorker::Plan(plan) => Self::Plan(pb::Plan::from(&*plan).encode_to_vec().into()),
             ToWorker::Save { generation, step, slices } => Self::Save(pb::Save {
                 generation: generation.0,
                 step: step.0,
