@@ -5,14 +5,15 @@
 //! starting again (a refusal, a wrong setting) is not tried again; a crash loop is named and
 //! stopped.
 
-use caravan_worker::Exit;
+use caravan_worker::{Exit, Flaw};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
-use tokio::process::{Child, Command};
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -66,6 +67,8 @@ pub enum Order {
     Signal(Signal),
     /// Let no file that it writes grow past this; without a limit where none.
     FileSize(Option<u64>),
+    /// Have something go wrong in it.
+    Fail(Flaw),
 }
 
 /// An order, and where to say whether there was a process that it reached.
@@ -208,12 +211,12 @@ impl Slot {
     /// Waits for the end of a process, and does to it what is ordered.
     async fn wait(&mut self, mut child: Child) -> io::Result<ExitStatus> {
         // Waiting would close it, and so end the worker.
-        let _tether = child.stdin.take();
+        let mut tether = child.stdin.take();
         loop {
             tokio::select! {
                 status = child.wait() => return status,
                 Some((order, reply)) = self.orders.recv() => {
-                    let done = obey(&child, order);
+                    let done = obey(&child, tether.as_mut(), order).await;
                     if let Err(error) = &done {
                         tracing::warn!(slot = self.slot, ?order, %error, "cannot obey");
                     }
@@ -226,7 +229,7 @@ impl Slot {
 }
 
 /// Does something to a process that has not been waited for, and so keeps its number.
-fn obey(child: &Child, order: Order) -> io::Result<()> {
+async fn obey(child: &Child, tether: Option<&mut ChildStdin>, order: Order) -> io::Result<()> {
     let pid = child.id().and_then(|id| Pid::from_raw(id as i32)).ok_or(io::ErrorKind::NotFound)?;
     match order {
         Order::Signal(signal) => kill_process(pid, signal)?,
@@ -234,6 +237,10 @@ fn obey(child: &Child, order: Order) -> io::Result<()> {
             // The process has this one's hard limit, which only goes down.
             let maximum = getrlimit(Resource::Fsize).maximum;
             prlimit(Some(pid), Resource::Fsize, Rlimit { current: bytes.or(maximum), maximum })?;
+        }
+        Order::Fail(flaw) => {
+            let tether = tether.ok_or(io::ErrorKind::NotFound)?;
+            tether.write_all(format!("{flaw}\n").as_bytes()).await?;
         }
     }
     Ok(())

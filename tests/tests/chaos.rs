@@ -1,4 +1,4 @@
-//! `caravan chaos` on a tiny model: twenty seeds over all kinds of faults and several shapes of a
+//! `caravan chaos` on a tiny model: twenty-two seeds over all kinds of faults and several shapes of a
 //! caravan, each of which must come to the bits of one quiet run; and what is said where a run
 //! does not come to its end, or there is nothing to compare with.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
@@ -9,7 +9,7 @@ use tests::process::{Place, Running};
 
 /// Steps of every run here: enough for two faults after each other, few enough for twenty runs.
 const STEPS: &str = "60";
-const ALL: &str = "kill,stop,slow,partition,disk";
+const ALL: &str = "kill,stop,slow,partition,disk,corrupt";
 
 /// A folder with a quiet run that all seeds are compared with: the weights do not depend on the
 /// shape of the caravan.
@@ -113,6 +113,11 @@ seeds! {
         Seed { seed: 14, workers: 4, kinds: "partition", set: &["cluster.stages=2"], ..PLAIN };
     seed_16_full_disks_and_kills_with_one_owner_a_slice:
         Seed { seed: 16, kinds: "disk,kill", set: &["cluster.redundancy=1"], ..PLAIN };
+    seed_21_flipped_bits_with_two_owners: Seed { seed: 21, kinds: "corrupt", faults: 3, ..PLAIN };
+    seed_22_flipped_bits_with_three_owners_in_two_pipelines: Seed {
+        seed: 22, workers: 4, kinds: "corrupt", faults: 3,
+        set: &["cluster.redundancy=3", "cluster.stages=2"], ..PLAIN
+    };
     seed_17_everything_with_three_owners_a_slice:
         Seed { seed: 17, workers: 4, faults: 3, set: &["cluster.redundancy=3"], ..PLAIN };
     seed_18_everything_at_once: Seed { seed: 18, faults: 5, pile_up: true, ..PLAIN };

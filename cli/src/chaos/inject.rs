@@ -129,6 +129,7 @@ impl Hands {
                 self.wires.mend(&ways, breaks);
                 true
             }
+            Act::Corrupt { place, bit } => self.orders.give(fault.slot, Order::Fail(place.flaw(bit))).await,
             Act::Disk => {
                 let reached = self.orders.give(fault.slot, Order::FileSize(Some(FULL))).await;
                 if reached {

@@ -1,6 +1,7 @@
 //! What is done to whom, and when: a pure function of a seed.
 
 use super::proxy::Way;
+use caravan_worker::Flaw;
 use clap::ValueEnum;
 use serde::Serialize;
 use std::fmt;
@@ -19,6 +20,8 @@ pub enum Kind {
     Partition,
     /// Its next part of a checkpoint cannot be written.
     Disk,
+    /// Its memory or one of its cores fails once, and nothing says so.
+    Corrupt,
 }
 
 impl Kind {
@@ -37,6 +40,7 @@ impl fmt::Display for Kind {
             Self::Slow => "slow",
             Self::Partition => "partition",
             Self::Disk => "disk",
+            Self::Corrupt => "corrupt",
         })
     }
 }
@@ -122,6 +126,47 @@ pub enum Act {
     },
     /// No file that it writes may grow past a few bytes, until a checkpoint was tried.
     Disk,
+    /// One bit comes out wrong.
+    Corrupt {
+        /// Where.
+        place: Place,
+        /// Which one.
+        bit: u64,
+    },
+}
+
+/// Where a bit comes out wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Place {
+    /// In memory, in weights or training state.
+    Memory,
+    /// In the next sum of gradients.
+    Sum,
+    /// In the next update of weights.
+    Update,
+}
+
+impl Place {
+    /// What the worker is told.
+    #[must_use]
+    pub fn flaw(self, bit: u64) -> Flaw {
+        match self {
+            Self::Memory => Flaw::Memory(bit),
+            Self::Sum => Flaw::Sum(bit),
+            Self::Update => Flaw::Update(bit),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Memory => "memory",
+            Self::Sum => "the next sum of gradients",
+            Self::Update => "the next update of weights",
+        })
+    }
 }
 
 impl Act {
@@ -134,6 +179,7 @@ impl Act {
             Self::Slow { .. } => Kind::Slow,
             Self::Partition { .. } => Kind::Partition,
             Self::Disk => Kind::Disk,
+            Self::Corrupt { .. } => Kind::Corrupt,
         }
     }
 
@@ -144,6 +190,8 @@ impl Act {
         match self {
             Self::Kill | Self::Stop { .. } => true,
             Self::Partition { cut, .. } => *cut != Cut::FromCoordinator,
+            // Weights whose bits flip just before they are replaced harm nobody.
+            Self::Corrupt { place, .. } => *place != Place::Memory,
             Self::Slow { .. } | Self::Disk => false,
         }
     }
@@ -162,6 +210,7 @@ impl fmt::Display for Act {
                 write!(f, "partition: nothing {cut} for {budgets:.1} failure budgets{then}")
             }
             Self::Disk => f.write_str("disk: no room for the next checkpoint"),
+            Self::Corrupt { place, .. } => write!(f, "corrupt: a bit flips in {place}"),
         }
     }
 }
@@ -193,6 +242,9 @@ pub struct Request {
     pub workers: u32,
     /// Steps of the run.
     pub steps: u64,
+    /// Whether every slice has a second owner whenever a fault comes: what one computes wrong, only
+    /// another one can tell.
+    pub redundant: bool,
 }
 
 /// Faults come in the first four fifths of a run: the last one is to be got over before the end.
@@ -212,12 +264,12 @@ pub fn schedule(request: &Request) -> Vec<Fault> {
             let slot = 1 + random.below(u64::from(request.workers)) as u32;
             let moment = random.share();
             let kind = request.kinds[random.below(request.kinds.len() as u64) as usize];
-            Fault { slot, step, moment, act: act(kind, &mut random) }
+            Fault { slot, step, moment, act: act(kind, request.redundant, &mut random) }
         })
         .collect()
 }
 
-fn act(kind: Kind, random: &mut Random) -> Act {
+fn act(kind: Kind, redundant: bool, random: &mut Random) -> Act {
     match kind {
         Kind::Kill => Act::Kill,
         Kind::Stop => Act::Stop { budgets: 1.5 + random.share() },
@@ -231,6 +283,11 @@ fn act(kind: Kind, random: &mut Random) -> Act {
             }
         }
         Kind::Disk => Act::Disk,
+        Kind::Corrupt => {
+            let bit = random.next() >> 1;
+            let place = [Place::Memory, Place::Sum, Place::Update][random.below(3) as usize];
+            Act::Corrupt { place: if redundant { place } else { Place::Memory }, bit }
+        }
     }
 }
 
@@ -266,7 +323,7 @@ mod tests {
 
     fn request(seed: u64) -> Request {
         let kinds = vec![Kind::Kill, Kind::Stop, Kind::Slow, Kind::Partition, Kind::Disk];
-        Request { seed, faults: 40, kinds, workers: 3, steps: 1000 }
+        Request { seed, faults: 40, kinds, workers: 3, steps: 1000, redundant: true }
     }
 
     #[test]
@@ -293,6 +350,21 @@ mod tests {
     }
 
     #[test]
+    fn what_only_a_second_owner_can_tell_is_done_only_where_there_is_one() {
+        let places = |redundant| {
+            let faults = schedule(&Request { kinds: vec![Kind::Corrupt], redundant, ..request(3) });
+            faults.into_iter().map(|fault| match fault.act {
+                Act::Corrupt { place, .. } => place,
+                other => panic!("{other}"),
+            })
+        };
+        assert!(places(false).all(|place| place == Place::Memory));
+        for place in [Place::Memory, Place::Sum, Place::Update] {
+            assert!(places(true).any(|p| p == place), "{place}");
+        }
+    }
+
+    #[test]
     fn more_faults_than_steps_and_none_at_all_are_schedules_too() {
         assert_eq!(schedule(&Request { steps: 3, ..request(1) }).len(), 40);
         assert!(schedule(&Request { faults: 0, ..request(1) }).is_empty());
@@ -305,7 +377,7 @@ mod tests {
                 match fault.act {
                     Act::Stop { budgets } | Act::Partition { budgets, .. } => assert!(budgets >= 1.5),
                     Act::Slow { budgets, .. } => assert!(budgets <= 0.3),
-                    Act::Kill | Act::Disk => {}
+                    Act::Kill | Act::Disk | Act::Corrupt { .. } => {}
                 }
             }
         }

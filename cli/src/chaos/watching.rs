@@ -258,7 +258,7 @@ impl<'a> Scene<'a> {
                 self.whole = members.len() == self.workers as usize;
             }
             Event::Stopping { boundary: false, .. } => self.mark(Mark::Stopped),
-            Event::Hung { worker, .. } => self.named(*worker, &event.text),
+            Event::Hung { worker, .. } | Event::Corrupt { worker, .. } => self.named(*worker, &event.text),
             Event::Lost { worker, .. } => {
                 self.named(*worker, &event.text);
                 self.slots.remove(worker);

@@ -27,6 +27,7 @@ The quiet run is in DIR/quiet and the one with faults in DIR/chaos, where DIR is
   slow       SIGSTOP and SIGCONT in turns, each pause well below the failure budget
   partition  its connections with its peers, with the coordinator, or with both carry nothing, one way or both ways,
              for longer than the failure budget, and then go on or break
+  corrupt    one bit of its memory flips, or comes out wrong where it adds up gradients or updates weights
   disk       the next part of a checkpoint that it writes does not fit (a limit on the size of its files)
 The exit code is 0 where the run finished, the hashes of the weights are equal and the audit holds.")]
 pub struct Args {
@@ -39,7 +40,12 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     faults: u32,
     /// Which kinds of faults.
-    #[arg(long, value_name = "KIND,…", value_delimiter = ',', default_value = "kill,stop,slow,partition")]
+    #[arg(
+        long,
+        value_name = "KIND,…",
+        value_delimiter = ',',
+        default_value = "kill,stop,slow,partition,corrupt"
+    )]
     kinds: Vec<Kind>,
     /// Workers of the quiet run.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -187,7 +193,10 @@ impl Args {
         if self.kinds.contains(&Kind::Disk) && (every == 0 || every * 5 > steps) {
             return Err(ChaosError::NoCheckpoint { steps });
         }
-        Ok(Request { seed, faults: self.faults, kinds: self.kinds.clone(), workers: cluster.workers, steps })
+        let (faults, kinds, workers) = (self.faults, self.kinds.clone(), cluster.workers);
+        // Two workers that wait for a third one do not say what a slice's only owner has.
+        let redundant = !self.pile_up && cluster.redundancy.min(workers) > 1;
+        Ok(Request { seed, faults, kinds, workers, steps, redundant })
     }
 
     /// The command that does the same again, in a folder of its own.
