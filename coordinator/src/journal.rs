@@ -158,6 +158,9 @@ pub(crate) fn start(path: &Path, spec: &RunSpec, base: Step) -> io::Result<Journ
     Ok(handle)
 }
 
+/// Where milliseconds are less exact than a tenth.
+const COARSE_MS: u64 = 10;
+
 struct Journal {
     spec: RunSpec,
     history: History,
@@ -203,11 +206,15 @@ impl Journal {
 
     fn committed(&mut self, committed: &Committed, workers: u32, at: Instant) {
         let Committed { generation, step, loss, norm, took_ms, .. } = *committed;
-        // Within a generation, the time between two commits; its first step has none before it
-        // that it could be measured from, and goes by what the member measured.
+        // What the member measured: when a commit is heard of says nothing where the coordinator
+        // was busy or away, and several come at once. Only for steps of few milliseconds its
+        // clock is too coarse, and the time between two commits counts where that is longer.
+        let measured = took_ms as f64 / 1e3;
         let seconds = match self.last_commit {
-            Some((before, g)) if g == generation => (at - before).as_secs_f64(),
-            _ => took_ms as f64 / 1e3,
+            Some((before, g)) if g == generation && took_ms < COARSE_MS => {
+                measured.max((at - before).as_secs_f64())
+            }
+            _ => measured,
         };
         self.last_commit = Some((at, generation));
         let tokens = self.spec.batch.tokens_per_step();

@@ -2,6 +2,7 @@
 //! by itself: each page is loaded once, and a mark on its window shows that it stayed.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
 
+use std::net::TcpListener;
 use tests::browser::Browser;
 use tests::process::{Place, Running, kill};
 
@@ -90,6 +91,63 @@ fn a_lost_connection_is_said_and_the_page_goes_on_when_the_coordinator_comes_bac
     browser.wait_for("Number(document.querySelector('#step').textContent.replaceAll(',', '')) > 15");
     assert!(was_loaded_once(&browser));
     drop(again);
+}
+
+#[test]
+fn while_a_restarted_coordinator_waits_for_a_member_the_page_says_that_it_recovers() {
+    let place = Place::new();
+    let listen = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let listen = format!("cluster.listen=\"{listen}\"");
+    let start = || {
+        let what = ["coordinator", "run.toml", "--run", "back", "--set", &listen];
+        // As long as this test waits: nobody is given up.
+        let patience = ["--set", "cluster.detect=\"100s\""];
+        Running::start(place.command(&[&what[..], &patience, &ENDLESS].concat()))
+    };
+    let mut first = start();
+    first.wait_for("workers join with");
+    let address = place.address("back").unwrap();
+    let workers: Vec<Running> =
+        (0..2).map(|_| Running::start(place.command(&["worker", "--join", &address]))).collect();
+    first.wait_for("with 2 workers");
+    let browser = open(&place, "back");
+    // Stopped, it is missed by the coordinator, and by its peer only when it does not answer.
+    workers[1].signal("STOP");
+    first.signal("KILL");
+    drop(first);
+    browser.wait_for("document.querySelector('#connection').dataset.state === 'lost'");
+    let _second = start();
+    browser.wait_for("document.querySelector('#phase').textContent === 'recovering'");
+    browser.wait_for("document.querySelector('#connection').textContent === 'live'");
+    browser.wait_for("document.querySelectorAll('#events li[data-kind=reattached]').length === 1");
+    let tone = |of: &str, name: &str| {
+        browser.value(&format!("getComputedStyle(document.querySelector('{of}')).getPropertyValue('{name}')"))
+    };
+    assert_eq!(tone("#phase", "--tone"), tone(":root", "--warn"));
+    workers[1].signal("CONT");
+    browser.wait_for("document.querySelector('#phase').textContent === 'running'");
+    browser.wait_for("document.querySelectorAll('#events li[data-kind=recovered]').length === 1");
+    // That nobody answered for a while is noted, and no error of the page.
+    let errors: Vec<String> = browser.errors().into_iter().filter(|e| !e.contains("net::ERR_")).collect();
+    assert_eq!(errors, [""; 0]);
+    assert!(was_loaded_once(&browser));
+}
+
+#[test]
+fn the_stages_of_a_pipeline_stand_below_each_other_and_can_be_read() {
+    let place = Place::new();
+    let _train =
+        place.train("stages", &[&ENDLESS[..], &["--workers", "4", "--set", "cluster.stages=2"]].concat());
+    let browser = open(&place, "stages");
+    browser.wait_for("document.querySelectorAll('#lanes li').length === 4");
+    assert_eq!(browser.text("#lanes-note"), "8 lanes on 2 pipelines of 4 workers");
+    let boxes = "[...document.querySelectorAll('#lanes li')].map((li) => li.getBoundingClientRect())";
+    let places = browser.value(&format!("new Set({boxes}.map((box) => `${{box.x}} ${{box.y}}`)).size"));
+    assert_eq!(places, 4, "one place each");
+    let rows = browser.value(&format!("new Set({boxes}.map((box) => box.y)).size"));
+    assert_eq!(rows, 2);
+    let cut = "[...document.querySelectorAll('#lanes li')].some((li) => li.scrollHeight > li.clientHeight)";
+    assert_eq!(browser.value(cut), false, "nothing is cut off");
 }
 
 #[test]

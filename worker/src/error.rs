@@ -30,7 +30,10 @@ pub enum WorkerError {
     #[error("the coordinator refused this worker: {0}")]
     Refused(Refusal),
     /// What answers is no coordinator of this version.
-    #[error("what answers at {address} breaks the session's protocol: {reason}")]
+    #[error(
+        "what answers at {address} breaks the session's protocol: {reason}. Check that the address is the one that \
+         the coordinator prints at its start, and that both are of one version"
+    )]
     Protocol {
         /// The address.
         address: String,
@@ -44,7 +47,10 @@ pub enum WorkerError {
         reason: String,
     },
     /// Another run's coordinator answers where this run's was.
-    #[error("another run's coordinator answers at this run's address: nothing here belongs to it")]
+    #[error(
+        "another run's coordinator answers at this run's address, and nothing here belongs to it: start the worker \
+         again to have it join that run, or start this run's coordinator at another address"
+    )]
     OtherRun,
     /// The fabric's address cannot be listened on.
     #[error("cannot listen for other workers on {address}: {source}")]

@@ -68,7 +68,11 @@ enum GenerateError {
     NoCheckpoint(PathBuf),
     #[error("no checkpoint in {} is intact{}", dir.display(), list(refused))]
     NoneIntact { dir: PathBuf, refused: Vec<Refused> },
-    #[error("the checkpoint {} cannot be used: {reason}", dir.display())]
+    #[error(
+        "the checkpoint {} cannot be used: {reason}. Give the folder of all checkpoints instead, and the newest intact \
+         one is taken",
+        dir.display()
+    )]
     Damaged { dir: PathBuf, reason: CheckpointError },
     #[error(
         "the checkpoint {} has no tokenizer, so there is no way from text to tokens: its run was trained on ready \

@@ -2,11 +2,15 @@
 
 use crate::say;
 use crate::telemetry::{self, LogTarget};
-use caravan_types::message::SPEEDS;
+use caravan_types::message::{Farewell, SPEEDS};
 use caravan_worker::{Exit, Flaw, Options};
 use std::io::{self, BufRead as _};
 use std::net::SocketAddr;
 use std::process::ExitCode;
+
+/// Why others go on without a worker that lives, and what to do.
+const FENCED: &str = "it was stopped, cut off, or stood still for longer than the failure budget, and the \
+                      coordinator's events say which. Start it again, and it joins anew";
 
 /// What the subcommand takes.
 #[derive(clap::Args)]
@@ -80,6 +84,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + S
         }
     });
     match &ended {
+        Some(Ok(Farewell::Fenced)) => say(&format!("ending: {}; {FENCED}", Farewell::Fenced)),
         Some(Ok(farewell)) => say(&format!("ending: {farewell}")),
         Some(Err(error)) => say(&format!("error: {error}")),
         None => say("error: the process that started this worker is gone, and nobody would look after it"),

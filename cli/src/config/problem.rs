@@ -11,7 +11,10 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file is not there or cannot be read.
-    #[error("cannot read the run file {}: {source}", file.display())]
+    #[error(
+        "cannot read the run file {}: {source}. Give the path of a TOML file, such as examples/dependencies.toml",
+        file.display()
+    )]
     Unreadable {
         /// The file.
         file: PathBuf,

@@ -53,12 +53,12 @@ async fn commits_and_events_are_in_the_file_the_history_and_the_feed() {
         steps[0].tokens_per_second, 2048.0,
         "1,024 tokens in the half second that the member measured"
     );
-    assert_eq!(steps[1].tokens_per_second, 4096.0, "a quarter second between the commits");
+    assert_eq!(steps[1].tokens_per_second, 2048.0, "however soon after the first it was heard of");
     assert_eq!(steps[1].learning_rate, spec().recipe.learning_rate_at(Step(2)));
     assert_eq!(journal.events(0).await.len(), 1);
     let snapshot = journal.snapshot();
     assert_eq!((snapshot.step, snapshot.steps, snapshot.last), (Step(2), 100, Some(steps[1])));
-    assert_eq!(snapshot.eta_seconds, Some(98.0 * (0.5 + 0.25) / 2.0));
+    assert_eq!(snapshot.eta_seconds, Some(98.0 * 0.5));
 
     let lines = lines(&path);
     let kinds: Vec<_> = lines.iter().map(|l| l["kind"].as_str().unwrap()).collect();
@@ -66,6 +66,19 @@ async fn commits_and_events_are_in_the_file_the_history_and_the_feed() {
     assert_eq!(lines[1]["step"], 2);
     assert!(matches!(feed.recv().await, Ok(Update::Step(m)) if m.step == Step(1)));
     assert!(journal.scrape().await.unwrap().contains("caravan_step{run=\"demo\"} 2"));
+}
+
+#[tokio::test]
+async fn steps_that_are_too_fast_for_the_clock_of_members_are_measured_by_when_they_are_heard_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = start(&dir.path().join("metrics.jsonl"), &spec(), Step(0)).unwrap();
+    let at = Instant::now();
+    let fast = |step, took_ms| Committed { took_ms, ..committed(1, step) };
+    journal.committed(fast(1, 1), 2, at).await;
+    journal.committed(fast(2, 1), 2, at + Duration::from_micros(1250)).await;
+    journal.committed(fast(3, 2), 2, at + Duration::from_micros(1250)).await;
+    let rates: Vec<f64> = journal.steps(Step(0)).await.iter().map(|m| m.tokens_per_second).collect();
+    assert_eq!(rates, [1024.0 / 0.001, 1024.0 / 0.001_25, 1024.0 / 0.002]);
 }
 
 #[tokio::test]

@@ -83,16 +83,22 @@ export function connection(state, text) {
 
 export function lanes(snapshot) {
   const holders = snapshot.workers.filter((w) => w.member && w.lanes[1] > w.lanes[0]);
-  holders.sort((a, b) => a.lanes[0] - b.lanes[0]);
+  holders.sort((a, b) => a.lanes[0] - b.lanes[0] || a.worker - b.worker);
+  // Stages of one pipeline have the same lanes: they stand below each other.
+  const pipelines = Map.groupBy(holders, (w) => w.lanes[0]);
+  const depth = Math.max(1, ...[...pipelines.values()].map((stages) => stages.length));
   const total = Math.max(0, ...holders.map((w) => w.lanes[1]));
   const list = id("lanes");
   // Between two plans nobody holds a lane; the last picture stays, faded.
   put(list, "stale", String(total === 0 && list.children.length > 0));
   if (total === 0) return;
-  say(id("lanes-note"), `${total} ${total === 1 ? "lane" : "lanes"} on ${holders.length} ${holders.length === 1 ? "worker" : "workers"}`);
+  const some = (n, one) => `${n} ${n === 1 ? one : `${one}s`}`;
+  const of = depth > 1 ? `${some(pipelines.size, "pipeline")} of ` : "";
+  say(id("lanes-note"), `${some(total, "lane")} on ${of}${some(holders.length, "worker")}`);
   const shape = JSON.stringify(holders.map((w) => [w.worker, w.lanes]));
   if (list.dataset.shape === shape) return;
   list.dataset.shape = shape;
+  put(list, "deep", String(depth > 1));
   list.style.setProperty("--lanes", String(total));
   list.style.setProperty("--cells", String(total <= MOST_CELLS ? total : 1));
   list.replaceChildren(
@@ -100,6 +106,7 @@ export function lanes(snapshot) {
       const item = document.createElement("li");
       item.style.setProperty("--hue", hue(w.worker));
       item.style.gridColumn = `${w.lanes[0] + 1} / ${w.lanes[1] + 1}`;
+      item.style.gridRow = String(1 + pipelines.get(w.lanes[0]).indexOf(w));
       item.style.setProperty("--own", String(w.lanes[1] - w.lanes[0]));
       item.title = `w${w.worker} (${w.name}): lanes ${format.lanes(w.lanes)}`;
       const who = document.createElement("strong");
