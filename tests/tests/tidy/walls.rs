@@ -166,10 +166,11 @@ fn the_cores_have_no_runtime_no_clock_and_no_chance() {
     nothing_wrong(&wrong);
 }
 
-/// A module of the standard library counts where `std` is named; a type or keyword always.
+/// A module of the standard library counts where `std` is named; a type or keyword always. A
+/// value that is shared and that nobody changes is as pure as a copy of it.
 fn is_std(line: &str, word: &str) -> bool {
     let module = word.starts_with(|c: char| c.is_lowercase()) && word != "unsafe";
-    !module || has_word(line, "std")
+    !module || has_word(line, "std") && !line.contains("std::sync::Arc;")
 }
 
 #[test]
