@@ -177,9 +177,9 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
 
 #[test]
 fn times_may_be_set_within_what_the_failure_budget_allows() {
-    let timing = good(&["cluster.detect=10s", "cluster.heartbeat=5s", "cluster.reattach=1m"]).cluster.timing;
+    let timing = good(&["cluster.detect=10s", "cluster.heartbeat=4s", "cluster.reattach=1m"]).cluster.timing;
     assert_eq!(timing.detect(), Duration::from_secs(10));
-    assert_eq!((timing.heartbeat(), timing.reattach()), (Duration::from_secs(5), Duration::from_secs(60)));
+    assert_eq!((timing.heartbeat(), timing.reattach()), (Duration::from_secs(4), Duration::from_secs(60)));
     let found = problems(GOOD, &["cluster.detect=1s", "cluster.heartbeat=600ms", "cluster.reattach=1h"]);
     assert_eq!(found.len(), 2, "{found:?}");
 }
