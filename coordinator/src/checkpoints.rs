@@ -30,7 +30,7 @@ impl Checkpoints {
             let tokenizer = self.tokenizer.as_deref();
             caravan_checkpoint::complete(&self.root, generation, step, &self.spec, &parts, tokenizer)
                 .map_err(|e| e.to_string())?;
-            if let Err(error) = caravan_checkpoint::prune(&self.root, self.keep) {
+            if let Err(error) = caravan_checkpoint::prune(&self.root, step, self.keep) {
                 tracing::warn!(%error, "an old checkpoint could not be removed");
             }
             Ok(())

@@ -58,22 +58,22 @@ pub fn complete(
     Ok(manifest)
 }
 
-/// Removes what is not needed any more: all complete checkpoints but the newest `keep` (at
-/// least one is kept), what was set aside as damaged before those, and folders that were
-/// begun for a step no newer than the newest complete one.
+/// Removes what is not needed any more once the checkpoint of `written` is: all older ones but the
+/// newest (`keep` with this one, which is always kept), what was set aside as damaged before those,
+/// and folders that were begun for a step no newer. What is newer than `written` stays: where the
+/// run went back behind a damaged checkpoint, that one says nothing about what is being written.
 ///
 /// # Errors
 /// The first [`CheckpointError::Io`]; the rest is removed all the same.
-pub fn prune(root: &Path, keep: usize) -> Result<(), CheckpointError> {
+pub fn prune(root: &Path, written: Step, keep: usize) -> Result<(), CheckpointError> {
     let all = folder::list(root)?;
-    let complete: Vec<Step> = all.iter().filter(|(_, k, _)| *k == Kind::Complete).map(|(s, ..)| *s).collect();
-    let Some(newest) = complete.first() else { return Ok(()) };
-    let oldest_kept = complete.get(keep.max(1) - 1).or(complete.last()).unwrap_or(newest);
+    let complete = all.iter().filter(|(step, kind, _)| *kind == Kind::Complete && *step <= written);
+    let Some(oldest_kept) = complete.map(|(step, ..)| *step).take(keep.max(1)).last() else { return Ok(()) };
     let mut result = Ok(());
     for (step, kind, path) in &all {
         let needed = match kind {
-            Kind::Complete | Kind::Damaged => step >= oldest_kept,
-            Kind::Partial => step > newest,
+            Kind::Complete | Kind::Damaged => *step >= oldest_kept,
+            Kind::Partial => *step > written,
         };
         if !needed {
             let removed = fs::remove_dir_all(path).map_err(CheckpointError::io("remove", path));

@@ -221,15 +221,28 @@ fn what_was_interrupted_before_the_rename_is_ignored_and_later_removed() {
     checkpoint(root.path(), 50);
     parts(root.path(), 60, |_| 1);
     assert_eq!(newest_intact(root.path()).unwrap().checkpoint.unwrap().manifest().step, Step(50));
-    prune(root.path(), 3).unwrap();
+    prune(root.path(), Step(50), 3).unwrap();
     assert_eq!(
         names(root.path()),
         ["step-00000050", "step-00000060.g3.partial"],
         "60 may still be completed"
     );
     checkpoint(root.path(), 100);
-    prune(root.path(), 3).unwrap();
+    prune(root.path(), Step(100), 3).unwrap();
     assert_eq!(names(root.path()), ["step-00000050", "step-00000100"]);
+}
+
+#[test]
+fn what_is_written_after_the_run_went_back_is_not_removed_for_a_damaged_one_that_is_newer() {
+    let root = TempDir::new().unwrap();
+    for step in [10, 20, 30, 40, 50] {
+        checkpoint(root.path(), step);
+    }
+    fs::write(root.path().join("step-00000050/part-w1.safetensors"), "rot").unwrap();
+    parts(root.path(), 50, |_| 1);
+    prune(root.path(), Step(40), 2).unwrap();
+    let left = ["step-00000030", "step-00000040", "step-00000050", "step-00000050.g3.partial"];
+    assert_eq!(names(root.path()), left);
 }
 
 #[test]
@@ -257,9 +270,9 @@ fn prune_keeps_the_newest_and_never_removes_the_last() {
     for step in [10, 20, 30, 40] {
         checkpoint(root.path(), step);
     }
-    prune(root.path(), 3).unwrap();
+    prune(root.path(), Step(40), 3).unwrap();
     assert_eq!(names(root.path()), ["step-00000020", "step-00000030", "step-00000040"]);
-    prune(root.path(), 0).unwrap();
+    prune(root.path(), Step(40), 0).unwrap();
     assert_eq!(names(root.path()), ["step-00000040"]);
 }
 
