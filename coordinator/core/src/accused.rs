@@ -21,7 +21,7 @@ use caravan_types::{Generation, WorkerId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A member, and the one at the other end of the connection that it lost.
-type Accusation = (WorkerId, WorkerId);
+pub(crate) type Accusation = (WorkerId, WorkerId);
 
 /// What members said of each other since a step was last committed.
 #[derive(Clone, Debug, Default)]
@@ -108,10 +108,16 @@ impl Core {
             return;
         }
         if self.phase == Phase::Recovering {
-            self.missed.insert(accused);
+            self.missed.insert((accuser, accused));
             return self.recover(now, false, out);
         }
-        if self.members.has(accused) && accused != accuser {
+        self.accuse(now, (accuser, accused));
+    }
+
+    /// What a member said of another one is decided about soon, where both are there.
+    pub(crate) fn accuse(&mut self, now: Millis, (accuser, accused): Accusation) {
+        let there = |worker| self.members.has(worker);
+        if there(accuser) && there(accused) && accused != accuser {
             self.accusations.add(accuser, accused, now + millis(self.config.timing.grace()));
         }
     }

@@ -1,6 +1,6 @@
 //! The coordinator's state and its transitions.
 
-use crate::accused::Accusations;
+use crate::accused::{Accusation, Accusations};
 use crate::away::Away;
 use crate::corrupt::Disputes;
 use crate::fallback::Fallback;
@@ -35,7 +35,7 @@ pub struct Core {
     pub(crate) table: SliceTable,
     pub(crate) phase: Phase,
     pub(crate) members: Members,
-    next_worker: u64,
+    pub(crate) next_worker: u64,
     /// The newest generation that was announced.
     pub(crate) generation: Generation,
     /// The plan in force: none before the first one and after all its members died.
@@ -45,7 +45,7 @@ pub struct Core {
     /// When gathering ends with fewer workers than wanted, or a stop must be answered.
     pub(crate) deadline: Option<Millis>,
     /// The newest committed step, as told.
-    committed: Option<Committed>,
+    pub(crate) committed: Option<Committed>,
     pub(crate) checkpoint: Option<Step>,
     pub(crate) saves: Saves,
     pub(crate) fallback: Fallback,
@@ -60,8 +60,8 @@ pub struct Core {
     pub(crate) saving: Option<Step>,
     /// While recovering: members that are not back yet.
     pub(crate) awaited: BTreeSet<WorkerId>,
-    /// While recovering: members whom others have lost.
-    pub(crate) missed: BTreeSet<WorkerId>,
+    /// While recovering: what members said of others that they have lost.
+    pub(crate) missed: BTreeSet<Accusation>,
     #[cfg(feature = "mutants")]
     pub(crate) mutant: Option<crate::Mutant>,
 }

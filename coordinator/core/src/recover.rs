@@ -3,7 +3,8 @@
 //! They go on stepping meanwhile, since stepping needs no coordinator. Each one comes back with
 //! the id that it had. With all of them back nothing has changed, and nothing is changed. A
 //! member that is not back within the failure budget, or that others have lost, is dead: the
-//! rest is regrouped once, as after any death.
+//! rest is regrouped once, as after any death. Where one that others have lost is back, it lives,
+//! and what broke is a connection (`accused`).
 
 use crate::{Core, Millis, Output, Session};
 use caravan_types::WorkerId;
@@ -31,13 +32,14 @@ impl Core {
     /// Goes on where nobody is waited for any more: because all are back, because those who are
     /// not were lost by others, or because time is up.
     pub(crate) fn recover(&mut self, now: Millis, late: bool, out: &mut Vec<Output>) {
-        if !late && !self.awaited.is_subset(&self.missed) {
+        let missed = |worker: &WorkerId| self.missed.iter().any(|(_, accused)| accused == worker);
+        if !late && !self.awaited.iter().all(missed) {
             return;
         }
         for worker in std::mem::take(&mut self.awaited) {
             out.push(Output::Note(Event::Lost { worker, reason: LossReason::NotBack }));
         }
-        self.missed.clear();
+        let missed = std::mem::take(&mut self.missed);
         self.deadline = None;
         let Some(plan) = &self.plan else { return };
         // Where a newer generation was announced, members may have promised to stop.
@@ -51,6 +53,8 @@ impl Core {
             for worker in told.iter().map(|m| m.worker) {
                 out.push(Output::Send { worker, message: ToWorker::Plan(Arc::clone(plan)) });
             }
+            // Whoever was missed is back, but the connection to it is not.
+            missed.into_iter().for_each(|accusation| self.accuse(now, accusation));
             match self.disputes.early.take() {
                 Some((worker, generation, disputes)) => self.diverged(now, worker, generation, disputes, out),
                 None => self.consider(now, out),
