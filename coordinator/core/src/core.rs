@@ -497,6 +497,7 @@ impl Core {
         }
         self.balance.planned(plan.base);
         self.disputes.planned();
+        self.saves.planned();
         self.plan = Some(plan);
         self.phase = Phase::Running;
         self.members.start_moving(now);

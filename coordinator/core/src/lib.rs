@@ -27,6 +27,8 @@ mod away;
 mod core;
 mod corrupt;
 mod ending;
+#[cfg(feature = "explore")]
+mod explore;
 mod fallback;
 mod hang;
 mod members;

@@ -98,6 +98,15 @@ impl Members {
         }
     }
 
+    /// Everybody but one was heard and moved at this moment.
+    #[cfg(feature = "explore")]
+    pub(crate) fn set_heard(&mut self, at: Millis, but: Option<WorkerId>) {
+        for (_, worker) in self.workers.iter_mut().filter(|(id, _)| Some(**id) != but) {
+            (worker.heard, worker.moved) = (at, at);
+        }
+        self.heard = self.workers.values().map(|w| w.heard).min();
+    }
+
     /// How often what has to look at all workers may be done, of all that are said: looking
     /// takes about a tenth of a microsecond a worker, and so never more than a percent of the
     /// time. With few workers that is whenever one of them speaks.

@@ -87,6 +87,19 @@ impl Saves {
         self.open.remove(&(generation, step)).map(|open| (open.parts, open.vouched))
     }
 
+    /// What decides something still: of checkpoints newer than this one, who is missing and which
+    /// parts have come.
+    #[cfg(feature = "explore")]
+    pub(crate) fn essence(&self, newest: Option<Step>) -> impl std::fmt::Debug + '_ {
+        let newer = self.open.iter().filter(move |((_, step), _)| Some(*step) > newest);
+        newer.map(|(of, open)| (of, &open.files, &open.silent)).collect::<Vec<_>>()
+    }
+
+    /// A new plan is in force: all have reported, and whoever has not vouched by then never will.
+    pub(crate) fn planned(&mut self) {
+        self.open.retain(|_, open| open.silent.is_empty());
+    }
+
     /// A part could not be written: the checkpoint will not be.
     pub(crate) fn give_up(&mut self, generation: Generation, step: Step) {
         self.open.remove(&(generation, step));

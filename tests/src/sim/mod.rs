@@ -14,7 +14,7 @@ mod engine;
 mod faults;
 mod network;
 mod options;
-mod random;
+pub(crate) mod random;
 mod worker;
 mod world;
 

@@ -23,7 +23,7 @@ pub struct Core {
     pub(crate) config: Config,
     pub(crate) table: SliceTable,
     /// Nothing older than this is obeyed or done any more.
-    promised: Generation,
+    pub(crate) promised: Generation,
     /// The plan in force; none between a report and the next plan.
     pub(crate) place: Option<Place>,
     pub(crate) applied: Step,

@@ -23,6 +23,8 @@ mod mutant;
 
 mod ballot;
 mod core;
+#[cfg(feature = "explore")]
+mod explore;
 mod heal;
 mod look;
 mod memory;

@@ -98,4 +98,11 @@ impl Memory {
             out.push(Output::Tell(FromWorker::Leaving));
         }
     }
+
+    /// What may be told again; what is wrong with a generation only while one is in force.
+    #[cfg(feature = "explore")]
+    pub(crate) fn essence(&self, in_force: bool) -> impl std::fmt::Debug + '_ {
+        let wrong = in_force.then_some((&self.lost, &self.diverged, &self.settled, &self.load_failed));
+        (&self.commits, &self.parts, &self.vouched, wrong, self.leaving)
+    }
 }
