@@ -69,8 +69,8 @@ enum GenerateError {
     #[error("no checkpoint in {} is intact{}", dir.display(), list(refused))]
     NoneIntact { dir: PathBuf, refused: Vec<Refused> },
     #[error(
-        "the checkpoint {} cannot be used: {reason}. Give the folder of all checkpoints instead, and the newest intact \
-         one is taken",
+        "the checkpoint {} cannot be used: {reason}. Give the run's folder instead, and its newest intact \
+         checkpoint is taken",
         dir.display()
     )]
     Damaged { dir: PathBuf, reason: CheckpointError },
@@ -187,7 +187,7 @@ mod tests {
         let of_old = generate(&old, "line 3", 1).unwrap();
         assert_eq!(generate(&tiny.run.checkpoints(), "line 3", 1).unwrap(), of_old);
         let error = generate(&new, "line 3", 1).unwrap_err();
-        assert!(error.ends_with("cannot be used: part-w1.safetensors is missing"), "{error}");
+        assert!(error.contains("cannot be used: part-w1.safetensors is missing"), "{error}");
         fs::remove_file(old.join("manifest.json")).unwrap();
         let error = generate(tiny.run.path(), "line 3", 1).unwrap_err();
         assert!(error.contains("is intact\n  step-00000007: part-w1"), "{error}");
