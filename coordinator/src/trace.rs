@@ -44,6 +44,7 @@ impl Trace {
             | Event::CheckpointRefused { .. }
             | Event::LoadFailed { .. }
             | Event::Diverged { .. }
+            | Event::Corrupt { .. }
             | Event::Failed { .. }
             | Event::NoPlan { .. } => warn!(parent: span, "{event}"),
             _ => info!(parent: span, "{event}"),

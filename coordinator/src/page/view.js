@@ -32,6 +32,7 @@ const KINDS = {
   checkpoint_refused: ["damaged", "warn"],
   load_failed: ["not loaded", "bad"],
   diverged: ["diverged", "bad"],
+  corrupt: ["corrupt", "bad"],
   draining: ["drain", "plain"],
   drained: ["drained", "save"],
   finished: ["finished", "good"],
