@@ -66,15 +66,16 @@ impl World<'_> {
             self.checks.is_redundant(generation, lives) && self.nodes.values().all(member)
         });
         let Some(node) = self.nodes.get_mut(&victim) else { return };
-        match (flaw, node.worker) {
-            (Flaw::Sum(_) | Flaw::Update(_), Some(_)) if redundant && self.network.is_whole() => {
-                node.engine.fail(flaw);
-                self.quiet_until = self.now + QUIET_MS;
-            }
-            (Flaw::Memory(bit) | Flaw::Sum(bit) | Flaw::Update(bit), _) => {
-                node.engine.fail(Flaw::Memory(bit))
-            }
+        let compared = redundant && self.network.is_whole() && node.worker.is_some();
+        let flaw = match flaw {
+            Flaw::Sum(bit) | Flaw::Update(bit) if !compared => Flaw::Memory(bit),
+            flaw => flaw,
+        };
+        if !matches!(flaw, Flaw::Memory(_)) {
+            self.quiet_until = self.now + QUIET_MS;
         }
+        node.engine.fail(flaw);
+        self.outcome.flaws.push(flaw);
     }
 
     fn pause(&mut self, victim: u64, ms: u64) {

@@ -21,6 +21,7 @@ mod world;
 pub use checks::Truth;
 pub use options::{Fault, Mutant, Options};
 
+use caravan_engine::Flaw;
 use caravan_types::Step;
 use caravan_types::message::Farewell;
 use caravan_types::status::Event;
@@ -38,6 +39,8 @@ pub struct Outcome {
     pub events: Vec<Event>,
     /// Faults that struck.
     pub faults: usize,
+    /// Bits that came out wrong.
+    pub flaws: Vec<Flaw>,
     /// Hash of everything that happened, in order.
     pub trace: u64,
     /// Virtual milliseconds.
