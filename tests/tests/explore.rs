@@ -32,7 +32,7 @@ fn one_fault_of_any_kind_at_any_moment_breaks_nothing() {
 
 #[test]
 fn two_deaths_or_silences_at_any_moments_break_nothing() {
-    // All kinds together have some thirty million states: `cargo run -p tests --release -- explore --faults 2`.
+    // All kinds together have a hundred times as many: `cargo run -p tests --release -- explore --faults 2`.
     let kinds = vec![Kind::Crash, Kind::Coordinator, Kind::Silence, Kind::Late];
     let report = all(&Options { faults: 2, kinds, ..Options::default() });
     assert!(report.states > 1_000_000, "{report}");
