@@ -48,6 +48,13 @@ impl Core {
         sums: Vec<(SliceId, SliceSum)>,
         out: &mut Vec<Output>,
     ) {
+        let plan = self.plan.as_ref().filter(|plan| plan.generation == generation);
+        let owns = |slice: SliceId| {
+            plan.is_none_or(|p| p.owners.get(slice.0 as usize).is_some_and(|owners| owners.contains(&worker)))
+        };
+        if !sums.iter().all(|(slice, _)| owns(*slice)) {
+            return self.lose(now, worker, LossReason::Misbehaved, out);
+        }
         if Some(step) > self.checkpoint {
             self.open_checkpoint(generation, step);
             self.saves.vouch(generation, step, worker, sums);

@@ -167,10 +167,9 @@ impl Node {
 
     /// Whether the engine's next answer is of a lane or a slice, and not of a healed one.
     fn is_gathering(&self) -> bool {
-        let job = || self.jobs.front();
         !self.answers.is_empty()
             || matches!(
-                job(),
+                self.jobs.front(),
                 Some(Job::Task(Task::Backward { .. } | Task::Reduce { .. } | Task::Verify { .. }))
             )
     }

@@ -19,13 +19,16 @@ impl Core {
         out.push(Output::Task(Task::Verify { generation, step, slices }));
     }
 
+    /// Whether the engine has looked at all that is owned.
+    pub(crate) fn has_sums(&self) -> bool {
+        let owned = self.place.iter().flat_map(|place| place.owned.iter());
+        owned.into_iter().all(|slice| self.sums.contains_key(&slice))
+    }
+
     /// Whether the engine has looked at all that is owned; else it is asked to. Applying a step
     /// does it anyway.
     pub(crate) fn has_looked(&mut self, out: &mut Vec<Output>) -> bool {
-        let Some(place) = &self.place else { return true };
-        if place.owned.iter().all(|slice| self.sums.contains_key(&slice)) {
-            return true;
-        }
+        let Some(place) = self.place.as_ref().filter(|_| !self.has_sums()) else { return true };
         let applying = self.applied > place.base();
         if self.looking != Some(self.applied) && !applying {
             self.looking = Some(self.applied);

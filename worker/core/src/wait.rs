@@ -58,8 +58,8 @@ impl Core {
                 Wait::Peer { peer, what: Awaited::Data(Key::Weights { step, slice }) }
             }
             Some(_) => Wait::Engine,
-            // It looks at what it has before it stops.
-            None if self.stopping.is_some() => Wait::Engine,
+            // It looks at what it has before it stops, and before the end.
+            None if self.stopping.is_some() || self.finished && !self.has_sums() => Wait::Engine,
             None => Wait::Plan,
         }
     }

@@ -11,6 +11,7 @@ use caravan_types::{
     Recipe, RunSpec, SliceSet, SliceTable, Source, Stage, Step, Timing, Transfer, WorkerId,
 };
 use std::fs;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -97,17 +98,14 @@ impl Run {
 
 type Worker = JoinHandle<Result<Farewell, WorkerError>>;
 
+fn options(coordinator: String, listen: SocketAddr) -> Options {
+    let (threads, memory, speed, name, advertise) = (1, None, None, None, None);
+    Options { coordinator, listen, threads, memory, speed, name, advertise }
+}
+
 fn start(stub: &Stub) -> Worker {
     let (coordinator, listen) = (stub.address.clone(), "127.0.0.1:0".parse().unwrap());
-    tokio::spawn(run(Options {
-        coordinator,
-        listen,
-        threads: 1,
-        memory: None,
-        speed: None,
-        name: None,
-        advertise: None,
-    }))
+    tokio::spawn(run(options(coordinator, listen)))
 }
 
 /// Takes on as many workers, and has them stop for the first generation.
@@ -254,16 +252,7 @@ const COORDINATOR: &str = "CARAVAN_TEST_COORDINATOR";
 async fn the_first_signal_asks_to_leave_and_the_second_one_ends_at_once() {
     if let Ok(coordinator) = std::env::var(COORDINATOR) {
         let listen = "127.0.0.1:0".parse().unwrap();
-        let ended = run(Options {
-            coordinator,
-            listen,
-            threads: 1,
-            memory: None,
-            speed: None,
-            name: None,
-            advertise: None,
-        })
-        .await;
+        let ended = run(options(coordinator, listen)).await;
         std::process::exit(Exit::from(&ended) as i32);
     }
     let (run, mut stub) = (Run::new(), Stub::start().await);
@@ -292,16 +281,7 @@ async fn the_first_signal_asks_to_leave_and_the_second_one_ends_at_once() {
 async fn a_taken_fabric_port_is_named() {
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let listen = taken.local_addr().unwrap();
-    let ended = run(Options {
-        coordinator: "127.0.0.1:1".into(),
-        listen,
-        threads: 1,
-        memory: None,
-        speed: None,
-        name: None,
-        advertise: None,
-    })
-    .await;
+    let ended = run(options("127.0.0.1:1".into(), listen)).await;
     let error = ended.as_ref().unwrap_err().to_string();
     assert!(error.contains(&listen.to_string()) && error.contains("in use"), "{error}");
     assert_eq!(Exit::from(&ended), Exit::Usage);
