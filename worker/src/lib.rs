@@ -85,8 +85,8 @@ pub async fn run(options: Options) -> Result<Farewell, WorkerError> {
 /// As [`run`].
 pub async fn run_with(options: Options, flaws: mpsc::Receiver<Flaw>) -> Result<Farewell, WorkerError> {
     match work(options, flaws).await {
-        // A coordinator that was started again on a finished run says it so.
-        Err(WorkerError::Refused(Refusal::Finished)) => Ok(Farewell::Finished),
+        // Who comes when the run is over is told what its members were told.
+        Err(WorkerError::Refused(Refusal::Over(farewell))) => Ok(farewell),
         ended => ended,
     }
 }

@@ -190,7 +190,12 @@ impl Core {
     /// What a worker is told that comes when the run is over.
     #[must_use]
     pub fn not_taking(&self) -> Refusal {
-        if self.phase == Phase::Finished { Refusal::Finished } else { Refusal::NotTaking }
+        match self.phase {
+            Phase::Finished => Refusal::Over(Farewell::Finished),
+            Phase::Drained => Refusal::Over(Farewell::Drained),
+            Phase::Failed => Refusal::Over(Farewell::Failed),
+            _ => Refusal::NotTaking,
+        }
     }
 
     /// The run is over. A coordinator that was started on a finished one stays until those are told

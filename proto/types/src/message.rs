@@ -80,9 +80,9 @@ pub enum Refusal {
         /// What the worker can run.
         offered: Vec<String>,
     },
-    /// All steps are done: there is nothing left to work for.
-    Finished,
-    /// The run is over or being drained.
+    /// The run is over, in this way: there is nothing left to work for.
+    Over(Farewell),
+    /// The run is being drained.
     NotTaking,
     /// A worker wants to go on with an id that is no member's any more.
     Fenced {
@@ -106,7 +106,7 @@ impl fmt::Display for Refusal {
                  start the worker on a machine that has {needed:?}, or start a new run with kernels = {:?}",
                 offered.first().map_or("portable", String::as_str)
             ),
-            Self::Finished => f.write_str("the run is finished"),
+            Self::Over(farewell) => write!(f, "{farewell}"),
             Self::NotTaking => f.write_str("the run is stopping, and takes no more workers"),
             Self::Fenced { worker, generation } => write!(
                 f,

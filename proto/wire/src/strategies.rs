@@ -138,7 +138,7 @@ pub(crate) fn refusal() -> impl Strategy<Value = Refusal> {
     prop_oneof![
         any::<(u32, u32)>().prop_map(|(ours, theirs)| Refusal::Protocol { ours, theirs }),
         (text(), vec(text(), 0..3)).prop_map(|(needed, offered)| Refusal::Numerics { needed, offered }),
-        Just(Refusal::Finished),
+        farewell().prop_map(Refusal::Over),
         Just(Refusal::NotTaking),
         (worker(), generation()).prop_map(|(worker, generation)| Refusal::Fenced { worker, generation }),
     ]
@@ -263,8 +263,12 @@ pub(crate) fn plan() -> impl Strategy<Value = Plan> {
     )
 }
 
-pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
+fn farewell() -> impl Strategy<Value = Farewell> {
     use Farewell::*;
+    prop::sample::select(vec![Finished, Drained, Left, Fenced, Failed, Corrupt])
+}
+
+pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
     prop_oneof![
         (generation(), any::<bool>())
             .prop_map(|(generation, boundary)| ToWorker::Stop { generation, boundary }),
@@ -274,8 +278,7 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
             step,
             slices
         }),
-        prop::sample::select(vec![Finished, Drained, Left, Fenced, Failed, Corrupt])
-            .prop_map(ToWorker::Goodbye),
+        farewell().prop_map(ToWorker::Goodbye),
     ]
 }
 

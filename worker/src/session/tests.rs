@@ -129,7 +129,7 @@ async fn a_worker_that_comes_when_the_run_is_finished_has_done_its_work() {
     let refuse = async {
         let mut talk = stub.session().await;
         talk.hear().await.unwrap().hello().unwrap();
-        talk.say(Refusal::Finished).await;
+        talk.say(Refusal::Over(Farewell::Finished)).await;
         talk
     };
     let (ended, _talk) = tokio::join!(crate::run(options), refuse);

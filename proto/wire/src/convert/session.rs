@@ -285,7 +285,9 @@ impl From<Refusal> for pb::Refusal {
                 Refusal::Numerics { needed, offered } => {
                     Reason::Numerics(pb::NumericsRefusal { needed, offered })
                 }
-                Refusal::Finished => Reason::Finished(pb::RunFinished {}),
+                Refusal::Over(reason) => {
+                    Reason::Over(pb::RunOver { reason: pb::Farewell::from(reason).into() })
+                }
                 Refusal::NotTaking => Reason::NotTaking(pb::NotTaking {}),
                 Refusal::Fenced { worker, generation } => {
                     Reason::Fenced(pb::FencedRefusal { worker: worker.0, generation: generation.0 })
@@ -306,7 +308,7 @@ impl TryFrom<pb::Refusal> for Refusal {
                 needed: text(refusal.needed, "NumericsRefusal.needed")?,
                 offered: texts(refusal.offered, "NumericsRefusal.offered")?,
             },
-            Reason::Finished(pb::RunFinished {}) => Self::Finished,
+            Reason::Over(over) => Self::Over(farewell(over.reason, "RunOver.reason")?),
             Reason::NotTaking(pb::NotTaking {}) => Self::NotTaking,
             Reason::Fenced(pb::FencedRefusal { worker, generation }) => Self::Fenced {
                 worker: limits::worker(worker, "FencedRefusal.worker")?,
