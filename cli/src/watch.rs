@@ -43,12 +43,16 @@ impl<'a> Watch<'a> {
     ///
     /// # Errors
     /// Where the system takes no signal handlers.
-    pub fn new(running: &Running, steps: u64, supervisor: Option<&'a mut Supervisor>) -> io::Result<Self> {
+    pub fn new(
+        running: &mut Running,
+        steps: u64,
+        supervisor: Option<&'a mut Supervisor>,
+    ) -> io::Result<Self> {
         let handle = running.handle.clone();
         Ok(Self {
             supervisor,
             signals: stop_signals()?,
-            updates: running.handle.subscribe(),
+            updates: running.updates(),
             view: View::new(steps),
             ended: Box::pin(async move { handle.ended().await.map_err(Into::into) }),
             given_up: String::new(),

@@ -3,7 +3,7 @@
 use crate::checkpoints::Checkpoints;
 use crate::control::Recorder;
 use crate::driver::{Driver, Parts};
-use crate::handle::Handle;
+use crate::handle::{Handle, Updates};
 use crate::ledger::Ledger;
 use crate::sessions::Service;
 use crate::store::{FileStore, Store};
@@ -77,11 +77,18 @@ pub struct Running {
     pub address: SocketAddr,
     /// How to talk to it.
     pub handle: Handle,
+    /// From the very beginning.
+    updates: Updates,
     stop: oneshot::Sender<()>,
     server: JoinHandle<()>,
 }
 
 impl Running {
+    /// All that happens since the start, for the first one who asks; for others from now on.
+    pub fn updates(&mut self) -> Updates {
+        std::mem::replace(&mut self.updates, self.handle.subscribe())
+    }
+
     /// Closes the port and all connections. The run should have [ended](Handle::ended) before:
     /// where it has not, it is cut off as by a crash.
     pub async fn shutdown(self) {
@@ -144,6 +151,7 @@ pub(crate) async fn start<S: Store>(
     let base = alive.max(options.checkpoint).unwrap_or(Step(0));
     let journal = journal::start(&options.metrics, &options.spec, base)
         .map_err(|source| CoordinatorError::Metrics { path: options.metrics.clone(), source })?;
+    let updates = Updates(journal.feed());
     for Refused { name, reason } in &options.refused {
         tracing::warn!(name, %reason, "a damaged checkpoint was passed over");
         let event = Event::CheckpointRefused { name: name.clone(), reason: reason.to_string() };
@@ -181,7 +189,7 @@ pub(crate) async fn start<S: Store>(
     let (stop, stopped) = oneshot::channel();
     let server = tokio::spawn(listen::serve(listener, app, timing, listen::places(), stopped));
     tracing::info!(%address, run = handle.snapshot().run, "listening for workers and browsers");
-    Ok(Running { address, handle, stop, server })
+    Ok(Running { address, handle, updates, stop, server })
 }
 
 fn config(options: &Options) -> Config {

@@ -204,6 +204,24 @@ async fn committed(running: &Running, step: u64) {
 // ---- sessions ----
 
 #[tokio::test]
+async fn who_asks_first_hears_of_everything_since_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut running = running(dir.path()).await;
+    let (mut worker, _welcome) = Worker::join(running.address, "first").await;
+    worker.plan().await;
+    event(&running, |e| matches!(e, Event::Planned { .. })).await;
+    let past: Vec<Event> = running.handle.events(0).await.into_iter().map(|e| e.event).collect();
+    let mut updates = running.updates();
+    let mut heard = Vec::new();
+    while heard.len() < past.len() {
+        if let Update::Event(e) = updates.next().await.expect("the coordinator ended") {
+            heard.push(e.event.clone());
+        }
+    }
+    assert_eq!(heard, past);
+}
+
+#[tokio::test]
 async fn a_worker_joins_steps_and_is_seen_in_every_way() {
     let dir = tempfile::tempdir().unwrap();
     let running = running(dir.path()).await;

@@ -91,7 +91,7 @@ pub struct Observed {
 /// # Errors
 /// Where it could not be started, or was interrupted.
 pub async fn run(job: &mut Job, plan: &Plan) -> Result<Observed, Failure> {
-    let running = start(job, false).await?;
+    let mut running = start(job, false).await?;
     let wires = Wires::start(job.settings.cluster.workers, running.address).await?;
     let mut supervisor = Supervisor::start(workers(job, &wires)?);
     let (saved, saves) = watch::channel(0);
@@ -102,7 +102,7 @@ pub async fn run(job: &mut Job, plan: &Plan) -> Result<Observed, Failure> {
         saves,
     };
     let mut scene = Scene::new(plan, hands, saved, job.settings.cluster.workers);
-    let mut watch = Watch::new(&running, job.settings.recipe.steps, Some(&mut supervisor))?;
+    let mut watch = Watch::new(&mut running, job.settings.recipe.steps, Some(&mut supervisor))?;
     let ended = scene.play(&mut watch, &running.handle).await;
     watch.rest().await;
     drop(watch);

@@ -14,14 +14,14 @@ pub fn run(args: &Args) -> Outcome {
     let finished = job.finished();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let farewell = runtime.block_on(async {
-        let running = start(&mut job, true).await?;
+        let mut running = start(&mut job, true).await?;
         if finished {
             let stays = job.settings.cluster.timing.reattach();
             say(&format!("this run is finished already; for {stays:?}, workers that come back are told so"));
         } else {
             say(&format!("workers join with: caravan worker --join {}", running.address));
         }
-        let ended = watch(&running, job.settings.recipe.steps, None).await;
+        let ended = watch(&mut running, job.settings.recipe.steps, None).await;
         running.shutdown().await;
         job.run.set_address(None)?;
         ended

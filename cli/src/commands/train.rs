@@ -53,7 +53,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
 
 /// Coordinator, workers and view, until the run has ended.
 pub async fn train(job: &mut Job) -> Result<Farewell, Failure> {
-    let running = start(job, false).await?;
+    let mut running = start(job, false).await?;
     let cluster = &job.settings.cluster;
     let worker = Worker {
         program: std::env::current_exe()?,
@@ -64,7 +64,7 @@ pub async fn train(job: &mut Job) -> Result<Farewell, Failure> {
         good_life: GOOD_LIFE,
     };
     let mut supervisor = Supervisor::start(vec![worker; cluster.workers as usize]);
-    let ended = watch(&running, job.settings.recipe.steps, Some(&mut supervisor)).await;
+    let ended = watch(&mut running, job.settings.recipe.steps, Some(&mut supervisor)).await;
     supervisor.ended(job.settings.cluster.timing.farewell()).await;
     running.shutdown().await;
     job.run.set_address(None)?;
@@ -91,7 +91,7 @@ pub async fn start(job: &mut Job, recover: bool) -> Result<Running, Failure> {
 /// Shows what happens until the run has ended. The first Ctrl-C or SIGTERM drains, the second
 /// one stops.
 pub async fn watch(
-    running: &Running,
+    running: &mut Running,
     steps: u64,
     supervisor: Option<&mut Supervisor>,
 ) -> Result<Farewell, Failure> {

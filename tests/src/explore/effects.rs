@@ -30,7 +30,7 @@ impl World {
         Ok(())
     }
 
-    fn push(&mut self, state: &mut State, line: Line, generation: u16, frame: u32) {
+    pub(super) fn push(&mut self, state: &mut State, line: Line, generation: u16, frame: u32) {
         let dead = match line {
             Line::Up(from) => {
                 let (leader, open) = (self.leader(state), self.view(state, from).link == Link::Open);

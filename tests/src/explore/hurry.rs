@@ -3,9 +3,9 @@
 //! Three reasons make that sound; each is about pairs of things that can happen:
 //!
 //! - *Gathered*: a partial sum, a vote or an answer of the engine that only completes a set, and a
-//!   report or a word for a checkpoint that is not the last one. Nobody notices before the set is whole; and since sets are
-//!   forgotten with their generation, losing a piece is the same as the engine, or the piece
-//!   after it, being too late.
+//!   report or a word for a checkpoint that is not the last one, or is only sent. Nobody notices
+//!   before the set is whole; and since sets are forgotten with their generation, losing a piece
+//!   is the same as the engine, or the piece after it, being too late.
 //! - *Alone*: a worker without a plan takes nothing but what the coordinator tells it, in order,
 //!   so there is no other order.
 //! - *Unheard*: what a session would say when it is over, or before it is welcomed, is said to
@@ -13,7 +13,7 @@
 //!
 //! The last two hold once no more faults are to come, as do those about ends of connections.
 
-use super::frame::{BROKEN, Frame, Line, is_end};
+use super::frame::{BROKEN, Effect, Frame, Line, is_end};
 use super::leader::LeaderInput;
 use super::node::{Link, NodeInput};
 use super::setting::SLOTS;
@@ -36,10 +36,9 @@ impl World {
         }
         let mut slot = 0;
         while slot < SLOTS && !self.is_over(state) {
-            let vouched = |frame: &Frame| matches!(frame, Frame::Up(FromWorker::Vouched { .. }));
             let report = |frame: &Frame| matches!(frame, Frame::Up(FromWorker::Report(_)));
             let done = self.gather(state, slot)
-                || self.reach(state, slot, vouched)
+                || self.reach(state, slot, is_word)
                 || last && (self.reach(state, slot, report) || self.obey(state, slot)?);
             slot = if done { 0 } else { slot + 1 };
         }
@@ -72,15 +71,28 @@ impl World {
         false
     }
 
-    /// Tells a worker something, unless anybody would notice or it would have more to report.
+    /// Tells a worker something, unless anybody would notice or it would have more to report. A
+    /// word for a checkpoint is noticed only where it is heard.
     fn quietly(&mut self, state: &mut State, slot: usize, input: NodeInput) -> bool {
         let before = self.view(state, slot).reported();
         let local = self.of_node(state.0[NODES + slot], input);
-        let quiet = local.effects.is_empty() && self.view_of(local.next).reported() == before;
-        if quiet {
-            state.0[NODES + slot] = local.next;
+        let mut words = Vec::new();
+        for effect in &local.effects {
+            match effect {
+                Effect::Push(line, session, frame) if is_word(self.frames.get(*frame)) => {
+                    words.push((*line, *session, *frame));
+                }
+                _ => return false,
+            }
         }
-        quiet
+        if self.view_of(local.next).reported() != before {
+            return false;
+        }
+        state.0[NODES + slot] = local.next;
+        for (line, session, frame) in words {
+            self.push(state, line, session, frame);
+        }
+        true
     }
 
     /// What only completes a set of the coordinator's reaches it, where others are missing still.
@@ -162,4 +174,9 @@ impl World {
             }
         }
     }
+}
+
+/// Whether an owner vouches for a checkpoint.
+fn is_word(frame: &Frame) -> bool {
+    matches!(frame, Frame::Up(FromWorker::Vouched { .. }))
 }
