@@ -10,9 +10,10 @@
 // Heads of different tasks interleave in the rows of one matrix.
 #![allow(unsafe_code)]
 
+use crate::add::narrow_chunk;
 use crate::matmul::{Into, packed_in, packed_len, product_serial};
 use crate::target::Target;
-use crate::{Cpu, Family, Real, View, ViewMut, reduce, scratch};
+use crate::{Cpu, Element, Family, Real, View, ViewMut, reduce, scratch};
 use std::ops::Range;
 
 /// Queries whose scores exist at a time: a multiple of every family's tile height (6 and 4).
@@ -55,32 +56,32 @@ impl Shape {
 
 /// What attention reads: heads side by side in rows, one row a position.
 #[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a, R> {
+pub struct Inputs<'a, E> {
     /// Queries.
-    pub q: &'a [R],
+    pub q: &'a [E],
     /// Elements from one row of queries to the next.
     pub q_stride: usize,
     /// Keys.
-    pub k: &'a [R],
+    pub k: &'a [E],
     /// Values.
-    pub v: &'a [R],
+    pub v: &'a [E],
     /// Elements from one row of keys or values to the next.
     pub kv_stride: usize,
     /// For each query, the first position that it sees.
     pub document_start: &'a [u32],
 }
 
-impl<'a, R: Real> Inputs<'a, R> {
+impl<'a, E: Element> Inputs<'a, E> {
     /// Queries, keys and values side by side in rows, as one projection makes them.
     #[must_use]
-    pub fn fused(qkv: &'a [R], shape: &Shape, document_start: &'a [u32]) -> Self {
+    pub fn fused(qkv: &'a [E], shape: &Shape, document_start: &'a [u32]) -> Self {
         let (q, kv) = (shape.heads * shape.head, shape.kv_heads * shape.head);
         let width = q + 2 * kv;
         Self { q: qkv, q_stride: width, k: &qkv[q..], v: &qkv[q + kv..], kv_stride: width, document_start }
     }
 
     /// One head's keys or values of one sequence.
-    fn keys(&self, shape: &Shape, rows: &'a [R], sequence: usize, kv_head: usize) -> View<'a, R> {
+    fn keys(&self, shape: &Shape, rows: &'a [E], sequence: usize, kv_head: usize) -> View<'a, E> {
         let start = sequence * shape.keys * self.kv_stride + kv_head * shape.head;
         View::new(&rows[start..], shape.keys, shape.head, self.kv_stride)
     }
@@ -103,7 +104,7 @@ impl Block {
     }
 
     /// Rows of this block's head in a matrix of heads side by side.
-    fn view<'a, R: Real>(&self, shape: &Shape, data: &'a [R], stride: usize) -> View<'a, R> {
+    fn view<'a, E: Element>(&self, shape: &Shape, data: &'a [E], stride: usize) -> View<'a, E> {
         let start = self.rows.start * stride + self.head * shape.head;
         View::new(&data[start..], self.rows.len(), shape.head, stride)
     }
@@ -126,43 +127,24 @@ fn blocks(shape: &Shape, sequence: usize, kv_head: usize) -> impl Iterator<Item 
 ///
 /// # Panics
 /// Where lengths do not fit.
-pub fn forward<R: Real>(cpu: &Cpu, shape: &Shape, inputs: &Inputs<'_, R>, out: &mut [R], lse: &mut [R]) {
+pub fn forward<E: Element>(
+    cpu: &Cpu,
+    shape: &Shape,
+    inputs: &Inputs<'_, E>,
+    out: &mut [E],
+    lse: &mut [E::Sum],
+) {
     let rows = shape.sequences * shape.queries;
     let width = shape.heads * shape.head;
     check(shape, inputs);
     assert!(out.len() == rows * width && lse.len() == rows * shape.heads);
-    let (family, d) = (cpu.family(), shape.head);
     let (out, lse) = (Target::new(out), Target::new(lse));
     cpu.for_each(shape.sequences * shape.kv_heads, |task| {
         let (sequence, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-        let k = inputs.keys(shape, inputs.k, sequence, kv_head);
-        let v = inputs.keys(shape, inputs.v, sequence, kv_head);
-        let packed = packed_len::<R>(d, shape.keys, family) + packed_len::<R>(shape.keys, d, family);
-        scratch::with(packed + QUERIES * (shape.keys + d), |mut memory| {
-            let k = packed_in(family, k.t(), &mut memory);
-            let v = packed_in(family, v, &mut memory);
-            let (scores, result) = memory.split_at_mut(QUERIES * shape.keys);
-            for block in blocks(shape, sequence, kv_head) {
-                let (n, keys) = (block.rows.len(), block.keys());
-                let scores = &mut scores[..n * keys];
-                let q = block.view(shape, inputs.q, inputs.q_stride);
-                product_serial(family, q, &k, ViewMut::rows_of(scores, keys), Into::Set);
-                for (i, row) in block.rows.clone().enumerate() {
-                    let seen = inputs.document_start[row] as usize..block.position + i + 1;
-                    let sum = softmax(family, &mut scores[i * keys..][..keys], seen, shape.scale());
-                    // SAFETY: this task alone has this row's head.
-                    unsafe { *lse.at(row * shape.heads + block.head) = sum };
-                }
-                let result = &mut result[..n * d];
-                let p = View::rows_of(scores, keys);
-                product_serial(family, p, &v, ViewMut::rows_of(result, d), Into::Set);
-                for (row, result) in block.rows.clone().zip(result.chunks_exact(d)) {
-                    // SAFETY: this task alone has this row's head.
-                    let out = unsafe { out.part(row * width + block.head * d, d) };
-                    out.copy_from_slice(result);
-                }
-            }
-        });
+        let head = Head { family: cpu.family(), shape, sequence, kv_head };
+        // SAFETY: a task has the query heads that read its key-value head, in the rows of its
+        // sequence, to itself; the sizes were compared above.
+        unsafe { head.forward(inputs, out, lse) };
     });
 }
 
@@ -171,13 +153,13 @@ pub fn forward<R: Real>(cpu: &Cpu, shape: &Shape, inputs: &Inputs<'_, R>, out: &
 ///
 /// # Panics
 /// Where lengths do not fit.
-pub fn backward<R: Real>(
+pub fn backward<E: Element>(
     cpu: &Cpu,
     shape: &Shape,
-    inputs: &Inputs<'_, R>,
-    (out, lse): (&[R], &[R]),
-    dout: &[R],
-    dqkv: &mut [R],
+    inputs: &Inputs<'_, E>,
+    (out, lse): (&[E], &[E::Sum]),
+    dout: &[E],
+    dqkv: &mut [E],
 ) {
     check(shape, inputs);
     let width = (shape.heads + 2 * shape.kv_heads) * shape.head;
@@ -204,47 +186,84 @@ struct Head<'a> {
 
 impl Head<'_> {
     /// # Safety
+    /// Nobody else touches this head's part of `out` and `lse`, matrices of the shape's size.
+    unsafe fn forward<E: Element>(&self, inputs: &Inputs<'_, E>, out: Target<E>, lse: Target<E::Sum>) {
+        let Self { family, shape, .. } = *self;
+        let (t, d, width) = (shape.keys, shape.head, shape.heads * shape.head);
+        let k = inputs.keys(shape, inputs.k, self.sequence, self.kv_head);
+        let v = inputs.keys(shape, inputs.v, self.sequence, self.kv_head);
+        let packed = packed_len::<E>(d, t, family) + packed_len::<E>(t, d, family);
+        scratch::with2(QUERIES * t, packed + QUERIES * (t + d), |scores: &mut [E::Sum], mut memory: &mut [E]| {
+            let k = packed_in(family, k.t(), &mut memory);
+            let v = packed_in(family, v, &mut memory);
+            let (p, result) = memory.split_at_mut(QUERIES * t);
+            for block in blocks(shape, self.sequence, self.kv_head) {
+                let (n, keys) = (block.rows.len(), block.keys());
+                let (scores, p, result) = (&mut scores[..n * keys], &mut p[..n * keys], &mut result[..n * d]);
+                let q = block.view(shape, inputs.q, inputs.q_stride);
+                product_serial(family, q, &k, ViewMut::rows_of(scores, keys), Into::Set);
+                for (i, row) in block.rows.clone().enumerate() {
+                    let seen = inputs.document_start[row] as usize..block.position + i + 1;
+                    let (scores, p) = (&mut scores[i * keys..][..keys], &mut p[i * keys..][..keys]);
+                    let sum = softmax(family, scores, p, seen, shape.scale());
+                    // SAFETY: the caller's promise.
+                    unsafe { *lse.at(row * shape.heads + block.head) = sum };
+                }
+                product_serial(family, View::rows_of(p, keys), &v, ViewMut::rows_of(result, d), Into::Set);
+                for (row, result) in block.rows.clone().zip(result.chunks_exact(d)) {
+                    // SAFETY: the caller's promise.
+                    unsafe { out.part(row * width + block.head * d, d) }.copy_from_slice(result);
+                }
+            }
+        });
+    }
+
+    /// # Safety
     /// Nobody else touches this head's part of `dqkv`, a matrix of the shape's size.
-    unsafe fn backward<R: Real>(
+    unsafe fn backward<E: Element>(
         &self,
-        inputs: &Inputs<'_, R>,
-        out: &[R],
-        lse: &[R],
-        dout: &[R],
-        dqkv: Target<R>,
+        inputs: &Inputs<'_, E>,
+        out: &[E],
+        lse: &[E::Sum],
+        dout: &[E],
+        dqkv: Target<E>,
     ) {
         let Self { family, shape, .. } = *self;
         let (t, d, width) = (shape.keys, shape.head, shape.heads * shape.head);
         let stride = width + 2 * shape.kv_heads * d;
         let k = inputs.keys(shape, inputs.k, self.sequence, self.kv_head);
         let v = inputs.keys(shape, inputs.v, self.sequence, self.kv_head);
-        let wide = packed_len::<R>(d, t, family);
-        let packed = 2 * wide + packed_len::<R>(t, d, family) + packed_len::<R>(QUERIES, d, family);
-        scratch::with(packed + 2 * t * d + QUERIES * (2 * t + d), |mut memory| {
+        let packed = 2 * packed_len::<E>(d, t, family)
+            + packed_len::<E>(t, d, family)
+            + packed_len::<E>(QUERIES, d, family);
+        let sums = 2 * t * d + 2 * QUERIES * t;
+        scratch::with2(sums, packed + QUERIES * (2 * t + d), |mut sums: &mut [E::Sum], mut memory: &mut [E]| {
             let kt = packed_in(family, k.t(), &mut memory);
             let vt = packed_in(family, v.t(), &mut memory);
             let k = packed_in(family, k, &mut memory);
-            let dk = scratch::take(&mut memory, t * d);
-            let dv = scratch::take(&mut memory, t * d);
-            let p = scratch::take(&mut memory, QUERIES * t);
-            let ds = scratch::take(&mut memory, QUERIES * t);
+            let [p, ds] = [QUERIES * t; 2].map(|len| scratch::take(&mut memory, len));
             let dq = scratch::take(&mut memory, QUERIES * d);
-            dk.fill(R::ZERO);
-            dv.fill(R::ZERO);
+            let [dk, dv] = [t * d; 2].map(|len| scratch::take(&mut sums, len));
+            let [scores, dscores] = [QUERIES * t; 2].map(|len| scratch::take(&mut sums, len));
+            dk.fill(E::Sum::ZERO);
+            dv.fill(E::Sum::ZERO);
             for block in blocks(shape, self.sequence, self.kv_head) {
                 let (n, keys) = (block.rows.len(), block.keys());
                 let (p, ds, dq) = (&mut p[..n * keys], &mut ds[..n * keys], &mut dq[..n * d]);
+                let (scores, dscores) = (&mut scores[..n * keys], &mut dscores[..n * keys]);
                 let q = block.view(shape, inputs.q, inputs.q_stride);
                 let do_ = block.view(shape, dout, width);
-                product_serial(family, q, &kt, ViewMut::rows_of(p, keys), Into::Set);
-                product_serial(family, do_, &vt, ViewMut::rows_of(ds, keys), Into::Set);
+                product_serial(family, q, &kt, ViewMut::rows_of(scores, keys), Into::Set);
+                product_serial(family, do_, &vt, ViewMut::rows_of(dscores, keys), Into::Set);
                 for (i, row) in block.rows.clone().enumerate() {
                     let seen = inputs.document_start[row] as usize..block.position + i + 1;
                     let at = row * width + block.head * d;
                     let delta = dot(family, &out[at..at + d], &dout[at..at + d]);
-                    let (p, ds) = (&mut p[i * keys..][..keys], &mut ds[i * keys..][..keys]);
+                    let line = i * keys..(i + 1) * keys;
+                    let scores = (&scores[line.clone()], &dscores[line.clone()]);
+                    let to = (&mut p[line.clone()], &mut ds[line]);
                     let lse = lse[row * shape.heads + block.head];
-                    softmax_gradient(family, p, ds, seen, shape.scale(), lse, delta);
+                    softmax_gradient(family, scores, to, seen, shape.scale(), lse, delta);
                 }
                 product_serial(family, View::rows_of(ds, keys), &k, ViewMut::rows_of(dq, d), Into::Set);
                 for (row, dq) in block.rows.clone().zip(dq.chunks_exact(d)) {
@@ -263,15 +282,15 @@ impl Head<'_> {
             for (i, (dk, dv)) in dk.chunks_exact(d).zip(dv.chunks_exact(d)).enumerate() {
                 let at = (self.sequence * t + i) * stride + width + self.kv_head * d;
                 // SAFETY: the caller's promise.
-                unsafe { dqkv.part(at, d) }.copy_from_slice(dk);
+                narrow_chunk(family, unsafe { dqkv.part(at, d) }, dk);
                 // SAFETY: the caller's promise.
-                unsafe { dqkv.part(at + shape.kv_heads * d, d) }.copy_from_slice(dv);
+                narrow_chunk(family, unsafe { dqkv.part(at + shape.kv_heads * d, d) }, dv);
             }
         });
     }
 }
 
-fn check<R>(shape: &Shape, inputs: &Inputs<'_, R>) {
+fn check<E>(shape: &Shape, inputs: &Inputs<'_, E>) {
     assert!(shape.queries <= shape.keys && shape.heads.is_multiple_of(shape.kv_heads), "{shape:?}");
     let n = shape.sequences * shape.queries;
     assert_eq!(inputs.document_start.len(), n);
@@ -281,49 +300,52 @@ fn check<R>(shape: &Shape, inputs: &Inputs<'_, R>) {
 }
 
 kernel! {
-    fn dot<R>(a: &[R], b: &[R]) -> R {
-        reduce::sum2(a, b, |a, b| a * b)
+    fn dot<E: Element>(a: &[E], b: &[E]) -> E::Sum {
+        reduce::sum2(a, b, |a, b| a.widen() * b.widen())
     }
 }
 
 kernel! {
-    /// Turns the scores of one query into probabilities over the keys `seen`, 0 elsewhere,
-    /// and returns the logarithm of the sum of exponentials.
-    fn softmax<R>(row: &mut [R], seen: Range<usize>, scale: R) -> R {
-        row[..seen.start].fill(R::ZERO);
-        row[seen.end..].fill(R::ZERO);
-        let row = &mut row[seen];
-        for x in row.iter_mut() {
+    /// Sets `p` to the probabilities of one query's `scores` over the keys `seen`, 0 elsewhere,
+    /// and returns the logarithm of the sum of exponentials. The scores are used up.
+    fn softmax<E: Element>(scores: &mut [E::Sum], p: &mut [E], seen: Range<usize>, scale: E::Sum) -> E::Sum {
+        p[..seen.start].fill(E::default());
+        p[seen.end..].fill(E::default());
+        let (scores, p) = (&mut scores[seen.clone()], &mut p[seen]);
+        for x in scores.iter_mut() {
             *x *= scale;
         }
-        let max = reduce::max(row);
-        let sum = reduce::exp_sum(row, max);
-        let inverse = R::ONE / sum;
-        for x in row.iter_mut() {
-            *x *= inverse;
+        let max = reduce::max(scores);
+        let sum = reduce::exp_sum(scores, max);
+        let inverse = E::Sum::ONE / sum;
+        for (p, x) in p.iter_mut().zip(scores) {
+            *p = E::narrow(*x * inverse);
         }
-        max + R::from_f64(libm::log(sum.to_f64()))
+        max + E::Sum::from_f64(libm::log(sum.to_f64()))
     }
 }
 
 kernel! {
     /// Turns scores into probabilities `p`, and the gradient of probabilities into that of
     /// unscaled scores: ds = p · (dp − Σ p·dp) · scale, where Σ p·dp = out · dout = `delta`.
-    fn softmax_gradient<R>(
-        p: &mut [R],
-        ds: &mut [R],
+    fn softmax_gradient<E: Element>(
+        from: (&[E::Sum], &[E::Sum]),
+        to: (&mut [E], &mut [E]),
         seen: Range<usize>,
-        scale: R,
-        lse: R,
-        delta: R,
+        scale: E::Sum,
+        lse: E::Sum,
+        delta: E::Sum,
     ) {
+        let ((scores, dp), (p, ds)) = (from, to);
         for row in [&mut *p, &mut *ds] {
-            row[..seen.start].fill(R::ZERO);
-            row[seen.end..].fill(R::ZERO);
+            row[..seen.start].fill(E::default());
+            row[seen.end..].fill(E::default());
         }
-        for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
-            *p = (*p * scale - lse).exp();
-            *ds = *p * (*ds - delta) * scale;
+        let from = scores[seen.clone()].iter().zip(&dp[seen.clone()]);
+        for ((p, ds), (score, dp)) in p[seen.clone()].iter_mut().zip(&mut ds[seen]).zip(from) {
+            let exact = (*score * scale - lse).exp();
+            *p = E::narrow(exact);
+            *ds = E::narrow(exact * (*dp - delta) * scale);
         }
     }
 }

@@ -1,19 +1,22 @@
 //! Softmax cross-entropy: loss and gradient in one pass over a chunk of logits.
 //!
-//! The caller hands in logits a chunk of rows at a time and gets their gradient back in
-//! place, so that no more than a chunk ever exists.
+//! The caller hands in logits a chunk of rows at a time and gets their gradient, so that no more
+//! than a chunk ever exists.
 
-use crate::{Cpu, Real, reduce};
+use crate::{Cpu, Element, Real, reduce};
 use rayon::prelude::*;
 
-/// Turns `logits` (rows of `vocab`) into the gradient of Σ_counted −log p(target) · `scale`,
-/// and sets `losses` to each row's share of that sum; 0 in rows that do not count.
+/// Sets `gradient` (rows of `vocab`) to the gradient of Σ_counted −log p(target) · `scale` with
+/// respect to `logits`, and `losses` to each row's share of that sum; 0 in rows that do not
+/// count. `logits` are good for nothing after it.
 ///
 /// # Panics
 /// Where lengths do not fit or a target is outside the vocabulary.
-pub fn forward_backward<R: Real>(
+#[allow(clippy::too_many_arguments, reason = "what goes in and what comes out, each once")]
+pub fn forward_backward<E: Element>(
     cpu: &Cpu,
-    logits: &mut [R],
+    logits: &mut [E::Sum],
+    gradient: &mut [E],
     vocab: usize,
     targets: &[u32],
     counted: &[bool],
@@ -21,15 +24,17 @@ pub fn forward_backward<R: Real>(
     losses: &mut [f64],
 ) {
     let n = targets.len();
-    assert!(logits.len() == n * vocab && counted.len() == n && losses.len() == n);
+    assert!(logits.len() == n * vocab && gradient.len() == n * vocab);
+    assert!(counted.len() == n && losses.len() == n);
     let family = cpu.family();
     cpu.install(|| {
-        let rows = logits.par_chunks_mut(vocab).zip(losses.par_iter_mut());
-        rows.zip(targets.par_iter().zip(counted)).for_each(|((row, loss), (target, counted))| {
+        let rows = logits.par_chunks_mut(vocab).zip(gradient.par_chunks_mut(vocab));
+        let rows = rows.zip(losses.par_iter_mut());
+        rows.zip(targets.par_iter().zip(counted)).for_each(|(((row, out), loss), (target, counted))| {
             if *counted {
-                *loss = loss_row(family, row, *target as usize, R::from_f64(scale)) * scale;
+                *loss = loss_row(family, row, out, *target as usize, E::Sum::from_f64(scale)) * scale;
             } else {
-                row.fill(R::ZERO);
+                out.fill(E::default());
                 *loss = 0.0;
             }
         });
@@ -37,16 +42,16 @@ pub fn forward_backward<R: Real>(
 }
 
 kernel! {
-    /// −log softmax(row)[target]; leaves its gradient times `scale` in the row.
-    fn loss_row<R>(row: &mut [R], target: usize, scale: R) -> f64 {
+    /// −log softmax(row)[target]; sets `out` to its gradient times `scale`.
+    fn loss_row<E: Element>(row: &mut [E::Sum], out: &mut [E], target: usize, scale: E::Sum) -> f64 {
         let max = reduce::max(row);
         let at_target = (row[target] - max).to_f64();
         let sum = reduce::exp_sum(row, max);
         let factor = scale / sum;
-        for p in row.iter_mut() {
-            *p *= factor;
+        for (out, p) in out.iter_mut().zip(&*row) {
+            *out = E::narrow(*p * factor);
         }
-        row[target] = row[target] - scale;
+        out[target] = E::narrow(row[target] * factor - scale);
         libm::log(sum.to_f64()) - at_target
     }
 }
@@ -64,11 +69,12 @@ mod tests {
             let before = logits.clone();
             let mut losses = [9.0; 3];
             let counted = [true, false, true];
-            forward_backward(&cpu, &mut logits, 21, &[4, 5, 20], &counted, 0.25, &mut losses);
+            let mut gradient = vec![9.0; 3 * 21];
+            forward_backward(&cpu, &mut logits, &mut gradient, 21, &[4, 5, 20], &counted, 0.25, &mut losses);
             assert_eq!(losses[1], 0.0);
-            assert!(logits[21..42].iter().all(|g| *g == 0.0));
+            assert!(gradient[21..42].iter().all(|g| *g == 0.0));
             for (row, target) in [(0, 4), (2, 20)] {
-                let (x, g) = (&before[row * 21..][..21], &logits[row * 21..][..21]);
+                let (x, g) = (&before[row * 21..][..21], &gradient[row * 21..][..21]);
                 let total: f64 = x.iter().map(|x| x.exp()).sum();
                 assert!((losses[row] - 0.25 * (total.ln() - x[target])).abs() < 1e-13);
                 for i in 0..21 {
@@ -83,8 +89,8 @@ mod tests {
     fn logits_far_apart_overflow_nothing() {
         let cpu = Cpu::new(1, Family::best()).unwrap();
         let mut logits = [1e4f32, -1e4, 0.0];
-        let mut losses = [0.0];
-        forward_backward(&cpu, &mut logits, 3, &[1], &[true], 1.0, &mut losses);
-        assert_eq!((logits, losses), ([1.0, -1.0, 0.0], [2e4]));
+        let (mut losses, mut gradient) = ([0.0], [0.0f32; 3]);
+        forward_backward(&cpu, &mut logits, &mut gradient, 3, &[1], &[true], 1.0, &mut losses);
+        assert_eq!((gradient, losses), ([1.0, -1.0, 0.0], [2e4]));
     }
 }

@@ -1,6 +1,6 @@
 //! The token embedding: a table look-up, and its gradient.
 
-use crate::{Cpu, Family, Real};
+use crate::{Cpu, Element, Family, Real};
 use rayon::prelude::*;
 
 /// Tokens that a task looks up.
@@ -14,12 +14,14 @@ const TABLE_ROWS: usize = 2048;
 ///
 /// # Panics
 /// Where lengths do not fit or a token is outside the table.
-pub fn forward<R: Real>(cpu: &Cpu, tokens: &[u32], table: &[R], dim: usize, out: &mut [R]) {
+pub fn forward<E: Element>(cpu: &Cpu, tokens: &[u32], table: &[E], dim: usize, out: &mut [E::Sum]) {
     assert_eq!(out.len(), tokens.len() * dim);
     cpu.install(|| {
         out.par_chunks_mut(TOKENS * dim).zip(tokens.par_chunks(TOKENS)).for_each(|(out, tokens)| {
             for (out, token) in out.chunks_exact_mut(dim).zip(tokens) {
-                out.copy_from_slice(&table[*token as usize * dim..][..dim]);
+                for (out, x) in out.iter_mut().zip(&table[*token as usize * dim..][..dim]) {
+                    *out = x.widen();
+                }
             }
         });
     });

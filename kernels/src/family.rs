@@ -13,6 +13,9 @@ pub struct Family(pub(crate) Kind);
 /// What a [`Family`] is; private, so that nobody makes one without looking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
+    /// With products of bf16 pairs.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -35,6 +38,9 @@ impl Family {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512bw");
+            if avx2 && avx512 && is_x86_feature_detected!("avx512bf16") {
+                found.push(Self(Kind::Avx512Bf16));
+            }
             if avx2 && avx512 {
                 found.push(Self(Kind::Avx512));
             }
@@ -46,10 +52,21 @@ impl Family {
         found
     }
 
-    /// The fastest family of this machine.
+    /// The fastest family of this machine for [`Bf16`](crate::Bf16).
+    #[must_use]
+    pub fn best_for_bf16() -> Self {
+        Self::available().first().copied().unwrap_or(Self::PORTABLE)
+    }
+
+    /// The fastest family of this machine for f32 and f64. Of those that are equally fast it is
+    /// the one that most machines have.
     #[must_use]
     pub fn best() -> Self {
-        Self::available().first().copied().unwrap_or(Self::PORTABLE)
+        match Self::best_for_bf16().0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Bf16 => Self(Kind::Avx512),
+            other => Self(other),
+        }
     }
 
     /// The family of that name, where this machine can run it.
@@ -62,6 +79,8 @@ impl Family {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Bf16 => "avx512-bf16",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -83,30 +102,39 @@ impl fmt::Display for Family {
 macro_rules! kernel {
     (
         $(#[$meta:meta])*
-        $vis:vis fn $name:ident<$r:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
+        $vis:vis fn $name:ident<$r:ident>($($args:tt)*) $(-> $ret:ty)? $body:block
+    ) => {
+        kernel! {
+            $(#[$meta])*
+            $vis fn $name<$r: Real>($($args)*) $(-> $ret)? $body
+        }
+    };
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident<$r:ident: $bound:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
     ) => {
         $(#[$meta])*
         #[allow(unsafe_code)]
-        $vis fn $name<$r: $crate::Real>(family: $crate::Family, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name<$r: $crate::$bound>(family: $crate::Family, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn body<$r: $crate::Real>($($arg: $ty),*) $(-> $ret)? $body
+            fn body<$r: $crate::$bound>($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
-            fn avx512<$r: $crate::Real>($($arg: $ty),*) $(-> $ret)? {
+            fn avx512<$r: $crate::$bound>($($arg: $ty),*) $(-> $ret)? {
                 body($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
-            fn avx2<$r: $crate::Real>($($arg: $ty),*) $(-> $ret)? {
+            fn avx2<$r: $crate::$bound>($($arg: $ty),*) $(-> $ret)? {
                 body($($arg),*)
             }
 
             match family.0 {
                 // SAFETY: a Family of this kind exists only where its features were detected.
                 #[cfg(target_arch = "x86_64")]
-                $crate::family::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::family::Kind::Avx512Bf16 | $crate::family::Kind::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::family::Kind::Avx2 => unsafe { avx2($($arg),*) },
@@ -124,7 +152,7 @@ mod tests {
     fn every_machine_has_a_family_and_finds_its_own_by_name() {
         let all = Family::available();
         assert_eq!(all.last(), Some(&Family::PORTABLE));
-        assert_eq!(all[0], Family::best());
+        assert!(all[0] == Family::best_for_bf16() && all.contains(&Family::best()));
         assert!(all.iter().all(|f| Family::named(f.name()) == Some(*f)));
         assert_eq!(Family::named("sse9"), None);
     }

@@ -25,6 +25,7 @@ pub mod add;
 pub mod attention;
 pub mod checksum;
 pub mod cross_entropy;
+mod element;
 pub mod embedding;
 pub mod matmul;
 mod real;
@@ -35,9 +36,9 @@ mod scratch;
 pub mod squared_norm;
 pub mod swiglu;
 mod target;
-mod tiles;
 
 pub use cpu::{Cpu, CpuError};
+pub use element::{Bf16, Element};
 pub use family::Family;
 pub use matmul::{View, ViewMut};
 pub use real::Real;

@@ -1,7 +1,6 @@
 //! The number types that every kernel is written for.
 
-use crate::Family;
-use crate::tiles::Tiles;
+use crate::Element;
 use std::fmt::Debug;
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
@@ -14,7 +13,7 @@ pub trait Real:
     + PartialOrd
     + Send
     + Sync
-    + bytemuck::Pod
+    + Element<Sum = Self>
     + Add<Output = Self>
     + Sub<Output = Self>
     + Mul<Output = Self>
@@ -44,9 +43,6 @@ pub trait Real:
     /// only: the same bits in every instruction family, and a loop over it vectorises. Results
     /// below the smallest normal number are 0, those above √½ of the largest power of two infinite.
     fn exp(self) -> Self;
-
-    #[doc(hidden)]
-    fn tiles(family: Family) -> Tiles<Self>;
 }
 
 /// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| ≤ ln 2 / 2: the reduction of Cody
@@ -109,10 +105,6 @@ impl Real for f32 {
             [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0]
         )
     }
-
-    fn tiles(family: Family) -> Tiles<Self> {
-        Tiles::f32(family)
-    }
 }
 
 impl Real for f64 {
@@ -168,10 +160,6 @@ impl Real for f64 {
                 1.0
             ]
         )
-    }
-
-    fn tiles(family: Family) -> Tiles<Self> {
-        Tiles::f64(family)
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) fn fold<R: Real>(mut acc: [R; LANES], op: impl Fn(R, R) -> R) -> R {
 
 /// Σ term(a_i, b_i) over two rows of one length.
 #[inline(always)]
-pub(crate) fn sum2<R: Real>(a: &[R], b: &[R], term: impl Fn(R, R) -> R) -> R {
+pub(crate) fn sum2<T: Copy, R: Real>(a: &[T], b: &[T], term: impl Fn(T, T) -> R) -> R {
     let mut acc = [R::ZERO; LANES];
     let (ab, at) = a.as_chunks::<LANES>();
     let (bb, bt) = b.as_chunks::<LANES>();

@@ -1,17 +1,17 @@
 //! RMSNorm (arXiv 1910.07467): y = g · x / √(mean(x²) + ε), row by row.
 
-use crate::{Cpu, Real, reduce, scratch};
+use crate::{Cpu, Element, Real, reduce, scratch};
 use rayon::prelude::*;
 
 /// Rows per task, and rows whose share of the gain's gradient is summed before it is added to
 /// the others': changing it changes bits.
 const ROWS: usize = 32;
 
-/// y = rmsnorm(x) · gain; x and y are rows of `gain.len()` elements.
+/// y = rmsnorm(x) · gain; x and y are rows of `gain.len()`.
 ///
 /// # Panics
 /// Where lengths differ.
-pub fn forward<R: Real>(cpu: &Cpu, x: &[R], gain: &[R], epsilon: R, y: &mut [R]) {
+pub fn forward<E: Element>(cpu: &Cpu, x: &[E::Sum], gain: &[E], epsilon: E::Sum, y: &mut [E]) {
     assert_eq!(x.len(), y.len());
     let (family, rows) = (cpu.family(), ROWS * gain.len());
     cpu.install(|| {
@@ -21,29 +21,33 @@ pub fn forward<R: Real>(cpu: &Cpu, x: &[R], gain: &[R], epsilon: R, y: &mut [R])
     });
 }
 
-/// Adds the gradient through rmsnorm: `dx` += ∂/∂x, `dgain` += ∂/∂gain, given `dy`.
+/// Adds the gradient through rmsnorm: `dx` += ∂/∂x, `dgain` += ∂/∂gain, given `dy`; and rounds
+/// what `dx` is then to `rounded`, for the products that follow.
 ///
 /// With r = 1/√(mean(x²) + ε): dgain = Σ_rows dy·x·r and
 /// dx = r·(g·dy) − x·r³/d · Σ(g·dy·x).
 ///
 /// # Panics
 /// Where lengths differ.
-pub fn backward<R: Real>(
+#[allow(clippy::too_many_arguments, reason = "what goes in and what comes out, each once")]
+pub fn backward<E: Element>(
     cpu: &Cpu,
-    dy: &[R],
-    x: &[R],
-    gain: &[R],
-    epsilon: R,
-    dx: &mut [R],
-    dgain: &mut [R],
+    dy: &[E::Sum],
+    x: &[E::Sum],
+    gain: &[E],
+    epsilon: E::Sum,
+    dx: &mut [E::Sum],
+    rounded: &mut [E],
+    dgain: &mut [E::Sum],
 ) {
     let d = gain.len();
-    assert!(dy.len() == x.len() && dx.len() == x.len() && dgain.len() == d);
+    assert!(dy.len() == x.len() && dx.len() == x.len() && rounded.len() == x.len() && dgain.len() == d);
     let (family, rows) = (cpu.family(), ROWS * d);
     scratch::with(x.len().div_ceil(rows) * d, |partial| {
         cpu.install(|| {
             let x = x.par_chunks(rows).zip(dy.par_chunks(rows));
-            let out = dx.par_chunks_mut(rows).zip(partial.par_chunks_mut(d));
+            let out = dx.par_chunks_mut(rows).zip(rounded.par_chunks_mut(rows));
+            let out = out.zip(partial.par_chunks_mut(d));
             out.zip(x).for_each(|((dx, dgain), (x, dy))| {
                 backward_rows(family, dy, x, gain, epsilon, dx, dgain);
             });
@@ -63,33 +67,42 @@ fn inverse_rms<R: Real>(x: &[R], epsilon: R) -> R {
 }
 
 kernel! {
-    fn forward_rows<R>(x: &[R], gain: &[R], epsilon: R, y: &mut [R]) {
+    fn forward_rows<E: Element>(x: &[E::Sum], gain: &[E], epsilon: E::Sum, y: &mut [E]) {
         for (x, y) in x.chunks_exact(gain.len()).zip(y.chunks_exact_mut(gain.len())) {
             let r = inverse_rms(x, epsilon);
             for ((y, x), g) in y.iter_mut().zip(x).zip(gain) {
-                *y = *x * r * *g;
+                *y = E::narrow(*x * r * g.widen());
             }
         }
     }
 }
 
 kernel! {
-    fn backward_rows<R>(dy: &[R], x: &[R], gain: &[R], epsilon: R, dx: &mut [R], dgain: &mut [R]) {
-        let d = gain.len();
-        dgain.fill(R::ZERO);
-        scratch::with(d, |scaled| {
-            for ((dy, x), dx) in dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
+    fn backward_rows<E: Element>(
+        dy: &[E::Sum],
+        x: &[E::Sum],
+        gain: &[E],
+        epsilon: E::Sum,
+        out: (&mut [E::Sum], &mut [E]),
+        dgain: &mut [E::Sum],
+    ) {
+        let (d, (dx, rounded)) = (gain.len(), out);
+        dgain.fill(E::Sum::ZERO);
+        scratch::with(d, |scaled: &mut [E::Sum]| {
+            let out = dx.chunks_exact_mut(d).zip(rounded.chunks_exact_mut(d));
+            for ((dy, x), (dx, rounded)) in dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(out) {
                 let r = inverse_rms(x, epsilon);
                 for (((s, dg), dy), (x, g)) in
                     scaled.iter_mut().zip(&mut *dgain).zip(dy).zip(x.iter().zip(gain))
                 {
-                    *s = *dy * *g;
+                    *s = *dy * g.widen();
                     *dg += *dy * *x * r;
                 }
                 let along = reduce::sum2(scaled, x, |s, x| s * x);
-                let c = along * r * r * r / R::from_f64(d as f64);
-                for ((dx, s), x) in dx.iter_mut().zip(&*scaled).zip(x) {
+                let c = along * r * r * r / E::Sum::from_f64(d as f64);
+                for ((dx, rounded), (s, x)) in dx.iter_mut().zip(rounded).zip(scaled.iter().zip(x)) {
                     *dx += *s * r - *x * c;
+                    *rounded = E::narrow(*dx);
                 }
             }
         });

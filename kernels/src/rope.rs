@@ -1,7 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864), Hugging Face's layout: element i of a head
 //! is turned together with element i + half, not with its neighbour.
 
-use crate::{Cpu, Real};
+use crate::{Cpu, Element, Real};
 use rayon::prelude::*;
 
 /// Rows per task.
@@ -52,13 +52,13 @@ pub enum Turn {
 ///
 /// # Panics
 /// Where the table is too short or sizes do not fit.
-pub fn rope<R: Real>(
+pub fn rope<E: Element>(
     cpu: &Cpu,
-    rows: &mut [R],
+    rows: &mut [E],
     width: usize,
     turned: usize,
     (first, length): (usize, usize),
-    table: &Table<R>,
+    table: &Table<E::Sum>,
     turn: Turn,
 ) {
     assert!(turned <= width && turned.is_multiple_of(2 * table.half) && rows.len().is_multiple_of(width));
@@ -76,14 +76,15 @@ pub fn rope<R: Real>(
 }
 
 kernel! {
-    fn turn_row<R>(row: &mut [R], turns: &[R], backward: bool) {
+    fn turn_row<E: Element>(row: &mut [E], turns: &[E::Sum], backward: bool) {
         let (cos, sin) = turns.split_at(turns.len() / 2);
-        let sign = if backward { -R::ONE } else { R::ONE };
+        let sign = if backward { -E::Sum::ONE } else { E::Sum::ONE };
         for head in row.chunks_exact_mut(turns.len()) {
             let (a, b) = head.split_at_mut(turns.len() / 2);
             for ((a, b), (cos, sin)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {
                 let sin = sign * *sin;
-                (*a, *b) = (*a * *cos - *b * sin, *b * *cos + *a * sin);
+                let (x, y) = (a.widen(), b.widen());
+                (*a, *b) = (E::narrow(x * *cos - y * sin), E::narrow(y * *cos + x * sin));
             }
         }
     }

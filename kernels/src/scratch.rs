@@ -3,7 +3,7 @@
 // Line's two marker traits are unsafe to claim.
 #![allow(unsafe_code)]
 
-use crate::Real;
+use crate::Element;
 use bytemuck::{Pod, Zeroable};
 use std::cell::RefCell;
 
@@ -23,15 +23,24 @@ thread_local! {
 }
 
 /// Calls `f` with `len` elements of unspecified content.
-pub(crate) fn with<R: Real, T>(len: usize, f: impl FnOnce(&mut [R]) -> T) -> T {
+pub(crate) fn with<E: Element, T>(len: usize, f: impl FnOnce(&mut [E]) -> T) -> T {
     let mut lines = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
-    let needed = (len * size_of::<R>()).div_ceil(size_of::<Line>());
+    let needed = (len * size_of::<E>()).div_ceil(size_of::<Line>());
     if lines.len() < needed {
         lines.resize(needed, Line::zeroed());
     }
     let out = f(&mut bytemuck::cast_slice_mut(&mut lines)[..len]);
     FREE.with_borrow_mut(|free| free.push(lines));
     out
+}
+
+/// Calls `f` with two buffers.
+pub(crate) fn with2<A: Element, B: Element, T>(
+    a: usize,
+    b: usize,
+    f: impl FnOnce(&mut [A], &mut [B]) -> T,
+) -> T {
+    with(a, |a| with(b, |b| f(a, b)))
 }
 
 /// Cuts the first `len` elements off a buffer.

@@ -1,6 +1,6 @@
 //! SwiGLU (arXiv 2002.05202): a = silu(gate) · up, with gate and up side by side in a row.
 
-use crate::{Cpu, Real};
+use crate::{Cpu, Element, Real};
 use rayon::prelude::*;
 
 /// Rows per task.
@@ -10,7 +10,7 @@ const ROWS: usize = 32;
 ///
 /// # Panics
 /// Where lengths do not fit.
-pub fn forward<R: Real>(cpu: &Cpu, gate_up: &[R], hidden: usize, out: &mut [R]) {
+pub fn forward<E: Element>(cpu: &Cpu, gate_up: &[E], hidden: usize, out: &mut [E]) {
     assert_eq!(gate_up.len(), 2 * out.len());
     let family = cpu.family();
     cpu.install(|| {
@@ -28,7 +28,7 @@ pub fn forward<R: Real>(cpu: &Cpu, gate_up: &[R], hidden: usize, out: &mut [R]) 
 ///
 /// # Panics
 /// Where lengths do not fit.
-pub fn backward<R: Real>(cpu: &Cpu, dout: &mut [R], gate_up: &[R], hidden: usize, dgate_up: &mut [R]) {
+pub fn backward<E: Element>(cpu: &Cpu, dout: &mut [E], gate_up: &[E], hidden: usize, dgate_up: &mut [E]) {
     assert!(gate_up.len() == 2 * dout.len() && dgate_up.len() == gate_up.len());
     let (family, wide) = (cpu.family(), 2 * hidden);
     cpu.install(|| {
@@ -43,27 +43,30 @@ pub fn backward<R: Real>(cpu: &Cpu, dout: &mut [R], gate_up: &[R], hidden: usize
 }
 
 kernel! {
-    fn forward_row<R>(row: &[R], out: &mut [R]) {
+    fn forward_row<E: Element>(row: &[E], out: &mut [E]) {
         let (gate, up) = row.split_at(out.len());
         for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-            *out = *g / (R::ONE + (-*g).exp()) * *u;
+            let g = g.widen();
+            *out = E::narrow(g / (E::Sum::ONE + (-g).exp()) * u.widen());
         }
     }
 }
 
 kernel! {
-    fn backward_row<R>(dout: &mut [R], row: &[R], drow: &mut [R]) {
+    fn backward_row<E: Element>(dout: &mut [E], row: &[E], drow: &mut [E]) {
         let (gate, up) = row.split_at(dout.len());
         let (dgate, dup) = drow.split_at_mut(dout.len());
         for ((d, (g, u)), (dg, du)) in
             dout.iter_mut().zip(gate.iter().zip(up)).zip(dgate.iter_mut().zip(dup))
         {
             // silu'(g) = σ + g·σ·(1 − σ)
-            let sigmoid = R::ONE / (R::ONE + (-*g).exp());
-            let silu = *g / (R::ONE + (-*g).exp());
-            *dg = *d * *u * (sigmoid + silu * (R::ONE - sigmoid));
-            *du = *d * silu;
-            *d = silu * *u;
+            let (g, u, dout) = (g.widen(), u.widen(), d.widen());
+            let one = E::Sum::ONE;
+            let sigmoid = one / (one + (-g).exp());
+            let silu = g / (one + (-g).exp());
+            *dg = E::narrow(dout * u * (sigmoid + silu * (one - sigmoid)));
+            *du = E::narrow(dout * silu);
+            *d = E::narrow(silu * u);
         }
     }
 }

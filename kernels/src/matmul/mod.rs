@@ -1,28 +1,39 @@
 //! Matrix products: C = A·B or C += A·B, C row-major, A and B with any strides.
 //!
-//! An element of C is the sum of blocks of [`DEPTH`] products; within a block products are
+//! An element of C is the sum of blocks of [`depth`] products; within a block products are
 //! added k ascending to a running value that starts at 0, then the block is added to C. That
 //! order is all that decides bits. Rows and columns of C are cut for caches and threads in
 //! ways that it does not depend on: one row alone comes out as it does among thousands.
 //!
-//! B is packed first, into panels as wide as a register tile; a packed matrix may be used by
-//! many products. A is read where it lies where its rows are contiguous, and packed per task
-//! where its columns are.
+//! B is packed first (`pack`), into panels as wide as a register tile; a packed matrix may be
+//! used by many products. A is read where it lies where its rows are contiguous, and packed per
+//! task where its columns are. C has the type in which products are added up, or the factors'
+//! own, to which finished sums are rounded.
 
 // Register tiles write through raw pointers, and tasks write disjoint tiles of one matrix.
 #![allow(unsafe_code)]
 
-use crate::target::Target;
-use crate::{Cpu, Family, Real, scratch};
-use std::ops::Range;
+mod pack;
+mod pairs;
+mod tiles;
 
-/// Length of a block of the summed dimension. A tile's packed columns (64 · 256 · 4 bytes =
-/// 64 KiB) share the second-level cache with the rows that they meet. Changing it changes
-/// bits.
-pub const DEPTH: usize = 256;
+pub use pack::{Packed, pack, packed_len};
+pub(crate) use pack::packed_in;
+pub use tiles::Tiles;
+
+use crate::target::Target;
+use crate::{Cpu, Element, Family, Real, scratch};
+use std::ops::Range;
+use tiles::Call;
+
+/// Length of a block of the summed dimension.
+#[must_use]
+pub fn depth<E: Element>(family: Family) -> usize {
+    E::tiles(family).depth
+}
 
 /// Rows of C that a task computes: a multiple of every family's tile height (6 and 4), small
-/// enough that their part of A (192 · 256 · 4 bytes = 192 KiB) stays in the second-level
+/// enough that their part of A (192 · 256 f32 = 192 KiB) stays in the second-level
 /// cache while panels of B pass by.
 const TASK_ROWS: usize = 192;
 
@@ -127,139 +138,16 @@ pub enum Into {
     Add,
 }
 
-/// The right factor of a product, packed for one family.
-#[derive(Debug)]
-pub struct Packed<'a, R> {
-    data: &'a [R],
-    depth: usize,
-    cols: usize,
-}
-
-/// Columns of B, rounded up to whole vectors.
-fn padded<R: Real>(cols: usize, family: Family) -> usize {
-    cols.next_multiple_of(R::tiles(family).lanes)
-}
-
-/// Elements that packing a `depth` × `cols` right factor takes.
-#[must_use]
-pub fn packed_len<R: Real>(depth: usize, cols: usize, family: Family) -> usize {
-    depth * padded::<R>(cols, family)
-}
-
-/// One panel of one block: where it starts in a packed matrix and what it covers.
-struct Panel {
-    /// First element in the packed matrix.
-    start: usize,
-    /// Summed indices.
-    k: Range<usize>,
-    /// Columns.
-    cols: Range<usize>,
-    /// Elements from one k to the next.
-    width: usize,
-}
-
-/// Panel `j` of the block that starts at `k`; [`packed_len`] bounds its end.
-fn panel<R: Real>(depth: usize, cols: usize, k: usize, j: usize, family: Family) -> Panel {
-    let tile = R::tiles(family).width;
-    let padded = padded::<R>(cols, family);
-    let end = (k + DEPTH).min(depth);
-    let (first, last) = (j * tile, ((j + 1) * tile).min(cols));
-    let start = k * padded + (end - k) * first;
-    Panel { start, k: k..end, cols: first..last, width: tile.min(padded - first) }
-}
-
-/// Packs a right factor on this thread alone.
-fn pack_serial<'a, R: Real>(family: Family, b: View<'_, R>, out: &'a mut [R]) -> Packed<'a, R> {
-    let tile = R::tiles(family).width;
-    let out = &mut out[..packed_len::<R>(b.rows, b.cols, family)];
-    for k in (0..b.rows).step_by(DEPTH) {
-        for j in 0..b.cols.div_ceil(tile) {
-            let p = panel::<R>(b.rows, b.cols, k, j, family);
-            let len = p.k.len() * p.width;
-            pack_panel(family, b, &p, &mut out[p.start..p.start + len]);
-        }
-    }
-    Packed { data: out, depth: b.rows, cols: b.cols }
-}
-
-/// Packs a right factor into `out`, which has [`packed_len`] elements at least.
-///
-/// # Panics
-/// Where `out` is too short.
-pub fn pack<'a, R: Real>(cpu: &Cpu, b: View<'_, R>, out: &'a mut [R]) -> Packed<'a, R> {
-    let family = cpu.family();
-    let tile = R::tiles(family).width;
-    let out = &mut out[..packed_len::<R>(b.rows, b.cols, family)];
-    let (blocks, panels) = (b.rows.div_ceil(DEPTH), b.cols.div_ceil(tile));
-    let target = Target::new(out);
-    cpu.for_each(blocks * panels, |task| {
-        let p = panel::<R>(b.rows, b.cols, task / panels * DEPTH, task % panels, family);
-        let len = p.k.len() * p.width;
-        // SAFETY: panels are disjoint and lie within packed_len (see `panel`), and the
-        // exclusive borrow of `out` outlives the tasks.
-        let out = unsafe { target.part(p.start, len) };
-        pack_panel(family, b, &p, out);
-    });
-    Packed { data: out, depth: b.rows, cols: b.cols }
-}
-
-kernel! {
-    /// Packs one panel: for each k its columns side by side, zeros where there are none.
-    fn pack_panel<R>(b: View<'_, R>, p: &Panel, out: &mut [R]) {
-        let n = p.cols.len();
-        if b.col_stride == 1 {
-            for (k, out) in p.k.clone().zip(out.chunks_exact_mut(p.width)) {
-                let from = k * b.row_stride + p.cols.start;
-                out[..n].copy_from_slice(&b.data[from..from + n]);
-                out[n..].fill(R::ZERO);
-            }
-            return;
-        }
-        // Columns are contiguous along k: squares of them are turned in the first-level cache.
-        const SQUARE: usize = 16;
-        for k in p.k.clone().step_by(SQUARE) {
-            let depth = SQUARE.min(p.k.end - k);
-            let out = &mut out[(k - p.k.start) * p.width..][..depth * p.width];
-            for c in (0..p.width).step_by(SQUARE) {
-                let mut square = [[R::ZERO; SQUARE]; SQUARE];
-                for (i, column) in square.iter_mut().enumerate().take(n.saturating_sub(c)) {
-                    let from = (p.cols.start + c + i) * b.col_stride + k * b.row_stride;
-                    column[..depth].copy_from_slice(&b.data[from..from + depth]);
-                }
-                let wide = SQUARE.min(p.width - c);
-                for (k, out) in out.chunks_exact_mut(p.width).enumerate() {
-                    for (i, out) in out[c..c + wide].iter_mut().enumerate() {
-                        *out = square[i][k];
-                    }
-                }
-            }
-        }
-    }
-}
-
-kernel! {
-    /// Packs rows of A whose columns are contiguous: groups of `height` rows, for each k the
-    /// group's elements side by side; the last group may be lower.
-    fn pack_left<R>(a: View<'_, R>, rows: Range<usize>, ks: Range<usize>, height: usize, out: &mut [R]) {
-        for (i, k) in ks.clone().enumerate() {
-            let column = &a.data[k * a.col_stride + rows.start..k * a.col_stride + rows.end];
-            for (group, from) in column.chunks(height).enumerate() {
-                let at = group * height * ks.len() + i * from.len();
-                // Element by element: too few for a call to a copying routine.
-                for (out, from) in out[at..at + from.len()].iter_mut().zip(from) {
-                    *out = *from;
-                }
-            }
-        }
-    }
-}
-
 /// C = A·B or C += A·B with B packed before. The summed dimension is A's width, which may be
 /// less than B's depth, and C's width may be less than B's: then the rest of B is not used.
 ///
 /// # Panics
 /// Where shapes do not fit.
-pub fn product<R: Real>(cpu: &Cpu, a: View<'_, R>, b: &Packed<'_, R>, c: ViewMut<'_, R>, into: Into) {
+pub fn product<E, O>(cpu: &Cpu, a: View<'_, E>, b: &Packed<'_, E>, c: ViewMut<'_, O>, into: Into)
+where
+    E: Element,
+    O: Element<Sum = E::Sum>,
+{
     check(&a, b, &c);
     let (row_tasks, col_tasks) = (c.rows.div_ceil(TASK_ROWS), c.cols.div_ceil(TASK_COLS));
     let target = Target::new(c.data);
@@ -268,45 +156,48 @@ pub fn product<R: Real>(cpu: &Cpu, a: View<'_, R>, b: &Packed<'_, R>, c: ViewMut
         let (row, col) = (task % row_tasks * TASK_ROWS, task / row_tasks * TASK_COLS);
         let rows = row..(row + TASK_ROWS).min(c.rows);
         let cols = col..(col + TASK_COLS).min(c.cols);
+        let part = Part { family: cpu.family(), a, b, c: target, stride: c.stride, rows, cols, into };
         // SAFETY: tasks have disjoint rows × columns within the shape of C, which `check`
         // compared with A and B and ViewMut with its memory; the exclusive borrow of C
         // outlives the tasks.
-        unsafe { block(cpu.family(), a, b, target, c.stride, rows, cols, into) };
+        unsafe { part.compute() };
     });
 }
 
 /// As [`product`], on this thread alone: for tasks that are part of a larger operation.
-pub(crate) fn product_serial<R: Real>(
+pub(crate) fn product_serial<E, O>(
     family: Family,
-    a: View<'_, R>,
-    b: &Packed<'_, R>,
-    c: ViewMut<'_, R>,
+    a: View<'_, E>,
+    b: &Packed<'_, E>,
+    c: ViewMut<'_, O>,
     into: Into,
-) {
+) where
+    E: Element,
+    O: Element<Sum = E::Sum>,
+{
     check(&a, b, &c);
-    let target = Target::new(c.data);
+    let (rows, cols, stride) = (0..c.rows, 0..c.cols, c.stride);
+    let part = Part { family, a, b, c: Target::new(c.data), stride, rows, cols, into };
     // SAFETY: as in `product`, with one task.
-    unsafe { block(family, a, b, target, c.stride, 0..c.rows, 0..c.cols, into) };
-}
-
-/// Packs a right factor into scratch memory that the caller gives, on this thread alone.
-pub(crate) fn packed_in<'a, R: Real>(family: Family, b: View<'_, R>, out: &mut &'a mut [R]) -> Packed<'a, R> {
-    let out = scratch::take(out, packed_len::<R>(b.rows, b.cols, family));
-    pack_serial(family, b, out)
+    unsafe { part.compute() };
 }
 
 /// Packs B and multiplies: for right factors that are used once.
 ///
 /// # Panics
 /// Where shapes do not fit.
-pub fn matmul<R: Real>(cpu: &Cpu, a: View<'_, R>, b: View<'_, R>, c: ViewMut<'_, R>, into: Into) {
-    scratch::with(packed_len::<R>(b.rows, b.cols, cpu.family()), |memory| {
+pub fn matmul<E, O>(cpu: &Cpu, a: View<'_, E>, b: View<'_, E>, c: ViewMut<'_, O>, into: Into)
+where
+    E: Element,
+    O: Element<Sum = E::Sum>,
+{
+    scratch::with(packed_len::<E>(b.rows, b.cols, cpu.family()), |memory| {
         let b = pack(cpu, b, memory);
         product(cpu, a, &b, c, into);
     });
 }
 
-fn check<R>(a: &View<'_, R>, b: &Packed<'_, R>, c: &ViewMut<'_, R>) {
+fn check<E, O>(a: &View<'_, E>, b: &Packed<'_, E>, c: &ViewMut<'_, O>) {
     assert!(
         a.rows == c.rows && a.cols <= b.depth && c.cols <= b.cols,
         "{}x{} times {}x{} into {}x{}",
@@ -320,116 +211,224 @@ fn check<R>(a: &View<'_, R>, b: &Packed<'_, R>, c: &ViewMut<'_, R>) {
     assert!(a.row_stride == 1 || a.col_stride == 1, "one stride of the left factor must be 1");
 }
 
-/// Computes the rows × columns of C given, blocks of the summed dimension outermost so that a
-/// task's part of A is packed once.
-///
-/// # Safety
-/// `check` holds for the whole matrices, `rows` and `cols` lie within C, `cols` starts at a
-/// tile's border, and nobody else touches that part of C.
-#[allow(clippy::too_many_arguments)]
-unsafe fn block<R: Real>(
+/// The part of a product that one task computes.
+struct Part<'a, E, O> {
     family: Family,
-    a: View<'_, R>,
-    b: &Packed<'_, R>,
-    c: Target<R>,
+    a: View<'a, E>,
+    b: &'a Packed<'a, E>,
+    c: Target<O>,
     stride: usize,
     rows: Range<usize>,
+    /// Starts at a tile's border.
     cols: Range<usize>,
     into: Into,
-) {
-    let tiles = R::tiles(family);
-    if a.cols == 0 && into == Into::Set {
-        for row in rows {
-            for col in cols.clone() {
-                // SAFETY: within the part of C that is ours.
-                unsafe { *c.at(row * stride + col) = R::ZERO };
-            }
+}
+
+impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
+    /// # Safety
+    /// `check` holds for the whole matrices, `rows` and `cols` lie within C, `cols` starts at a
+    /// tile's border, and nobody else touches that part of C.
+    unsafe fn compute(&self) {
+        let (Self { a, rows, .. }, tiles) = (self, E::tiles(self.family));
+        if a.cols == 0 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.nothing() };
         }
-        return;
-    }
-    let packs = a.col_stride != 1;
-    scratch::with(if packs { rows.len() * DEPTH.min(a.cols) } else { 0 }, |left| {
-        for k in (0..a.cols).step_by(DEPTH) {
-            let depth = DEPTH.min(a.cols - k);
-            if packs {
-                pack_left(family, a, rows.clone(), k..k + depth, tiles.height, left);
-            }
-            let add = u8::from(k > 0 || into == Into::Add);
-            for j in cols.start / tiles.width..cols.end.div_ceil(tiles.width) {
-                let p = panel::<R>(b.depth, b.cols, k, j, family);
-                let right = &b.data[p.start..p.start + (p.k.len() - 1) * p.width + p.width];
-                let n = cols.end.min(p.cols.end) - p.cols.start;
-                for row in rows.clone().step_by(tiles.height) {
-                    let m = tiles.height.min(rows.end - row);
-                    let (from, k_stride, row_stride) = if packs {
-                        (&left[(row - rows.start) * depth..], m, 1)
-                    } else {
-                        (&a.data[row * a.row_stride + k..], 1, a.row_stride)
-                    };
-                    let kernel = tiles.kernel(n, m);
-                    // SAFETY: the family's instructions exist (Family is proof). The kernel
-                    // reads `depth` ≤ p.k.len() columns of ⌈n / lanes⌉ whole vectors at steps
-                    // of `width` from `right`, which the panel has (its width is a multiple of
-                    // the lanes and at least n); `m` × `depth` elements of A by its strides,
-                    // which View checked or `pack_left` wrote; and updates `m` × `n` elements
-                    // of C at our rows and columns.
-                    unsafe {
-                        kernel(
-                            n,
-                            m,
-                            depth,
-                            c.at(row * stride + p.cols.start),
-                            right.as_ptr(),
-                            from.as_ptr(),
-                            stride as isize,
-                            1,
-                            p.width as isize,
-                            k_stride as isize,
-                            row_stride as isize,
-                            R::ONE,
-                            R::ONE,
-                            add,
-                            false,
-                            false,
-                            false,
-                            std::ptr::null(),
-                        );
+        // Where a row's last group is cut short, what follows it is not zero.
+        let packs = a.col_stride != 1 || !a.cols.is_multiple_of(tiles.group);
+        let depth = if O::IS_SUM { tiles.depth.min(a.cols) } else { a.cols };
+        let len = if packs { rows.len() * depth.next_multiple_of(tiles.group) } else { 0 };
+        scratch::with(len, |left| {
+            for k in (0..a.cols).step_by(depth) {
+                let ks = k..(k + depth).min(a.cols);
+                if packs {
+                    pack::pack_left(self.family, *a, rows.clone(), ks.clone(), left);
+                }
+                let left = packs.then_some(&*left);
+                for j in self.cols.start / tiles.width..self.cols.end.div_ceil(tiles.width) {
+                    for row in rows.clone().step_by(tiles.height) {
+                        // SAFETY: the caller's promise.
+                        unsafe { self.tile(&tiles, left, row, j, ks.clone()) };
                     }
                 }
             }
+        });
+    }
+
+    /// The sum of nothing.
+    ///
+    /// # Safety
+    /// As for `compute`.
+    unsafe fn nothing(&self) {
+        if self.into == Into::Add {
+            return;
         }
-    });
+        for row in self.rows.clone() {
+            for col in self.cols.clone() {
+                // SAFETY: within the part of C that is ours.
+                unsafe { *self.c.at(row * self.stride + col) = O::default() };
+            }
+        }
+    }
+
+    /// The tile from `row` on in panel `j`, summed over `ks`, a whole block or the whole sum.
+    /// `left` is the packed left factor of those.
+    ///
+    /// # Safety
+    /// As for `compute`.
+    unsafe fn tile(&self, tiles: &Tiles<E>, left: Option<&[E]>, row: usize, j: usize, ks: Range<usize>) {
+        let rows = tiles.height.min(self.rows.end - row);
+        let cols = tiles.width.min(self.cols.end - j * tiles.width);
+        let at = self.c.at(row * self.stride + j * tiles.width);
+        if O::IS_SUM {
+            let add = ks.start > 0 || self.into == Into::Add;
+            // SAFETY: the caller's promise; C's elements are sums.
+            return unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, at.cast(), self.stride, add) };
+        }
+        let mut sums = [E::Sum::ZERO; TILE];
+        // SAFETY: the caller's promise; `sums` has room for the largest tile.
+        unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums.as_mut_ptr(), tiles.width, false) };
+        for (i, sums) in sums.chunks_exact(tiles.width).take(rows).enumerate() {
+            // SAFETY: within the part of C that is ours.
+            let to = unsafe { std::slice::from_raw_parts_mut(at.wrapping_add(i * self.stride), cols) };
+            finish(self.family, sums, to, self.into == Into::Add);
+        }
+    }
+
+    /// Adds up a tile over the blocks of `ks`.
+    ///
+    /// # Safety
+    /// As for `compute`, for the sums at `c`.
+    #[allow(clippy::too_many_arguments, reason = "a tile is what lies where three matrices meet")]
+    unsafe fn blocks(
+        &self,
+        tiles: &Tiles<E>,
+        left: Option<&[E]>,
+        (row, rows): (usize, usize),
+        (j, cols): (usize, usize),
+        ks: Range<usize>,
+        c: *mut E::Sum,
+        c_stride: usize,
+        mut add: bool,
+    ) {
+        for k in ks.clone().step_by(tiles.depth) {
+            let depth = tiles.depth.min(ks.end - k);
+            let p = pack::panel(self.b, tiles, k, j);
+            let (a, a_row, a_step) = match left {
+                Some(left) => pack::left_at(tiles, left, (row - self.rows.start, self.rows.len()), k - ks.start, ks.len()),
+                None => (&self.a.data[row * self.a.row_stride + k..], self.a.row_stride, tiles.group),
+            };
+            let b = &self.b.data[p.start..p.start + p.len()];
+            let (a, b, b_step) = (a.as_ptr(), b.as_ptr(), p.width * tiles.group);
+            let call = Call { rows, cols, depth, a, a_row, a_step, b, b_step, c, c_stride, add };
+            // SAFETY: the family's instructions exist (Family is proof). Of B the tile reads whole
+            // vectors of columns, of which the panel's width is a multiple, in `depth` ≤ p.k.len()
+            // rows; of A `rows` × `depth` elements by its strides, which View checked or
+            // `pack_left` wrote; and it updates `rows` × `cols` sums, which are ours.
+            unsafe { tiles.multiply(&call) };
+            add = true;
+        }
+    }
+}
+
+/// Elements of the largest tile: 64 · 6 in AVX-512.
+const TILE: usize = 384;
+
+kernel! {
+    /// Rounds finished sums.
+    fn finish<O: Element>(sums: &[O::Sum], to: &mut [O], add: bool) {
+        if add {
+            for (to, sum) in to.iter_mut().zip(sums) {
+                *to = O::narrow(to.widen() + *sum);
+            }
+        } else {
+            for (to, sum) in to.iter_mut().zip(sums) {
+                *to = O::narrow(*sum);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Bf16;
     use proptest::prelude::*;
 
-    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+    fn numbers<E: Element<Sum = f32>>(n: usize, seed: u32) -> Vec<E> {
         let at = |i: u32| i.wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(747_796_405) >> 12;
-        (0..n as u32).map(|i| at(i) as f32 / (1 << 19) as f32 - 1.0).collect()
+        (0..n as u32).map(|i| E::narrow(at(i) as f32 / (1 << 19) as f32 - 1.0)).collect()
     }
 
+    type Sizes = (usize, usize, usize);
+
     /// The order that the module promises, spelled out.
-    fn reference(family: Family, a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize), c: &mut [f32]) {
+    fn reference<E: Element<Sum = f32>>(family: Family, a: &[E], b: &[E], (m, n, k): Sizes, c: &mut [f32]) {
         let fused = family != Family::PORTABLE;
         for i in 0..m {
             for j in 0..n {
-                for block in (0..k).step_by(DEPTH) {
+                let mut total = c[i * n + j];
+                for block in (0..k).step_by(depth::<E>(family)) {
                     let mut sum = 0.0f32;
-                    for l in block..(block + DEPTH).min(k) {
-                        let (x, y) = (a[i * k + l], b[l * n + j]);
+                    for l in block..(block + depth::<E>(family)).min(k) {
+                        let (x, y) = (a[i * k + l].widen(), b[l * n + j].widen());
                         sum = if fused { x.mul_add(y, sum) } else { x * y + sum };
                     }
-                    c[i * n + j] += sum;
+                    total += sum;
                 }
+                c[i * n + j] = total;
             }
         }
     }
 
-    fn transpose(a: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    fn transpose<E: Element>(a: &[E], rows: usize, cols: usize) -> Vec<E> {
         (0..rows * cols).map(|i| a[i % rows * cols + i / rows]).collect()
+    }
+
+    /// Whether sums are what the instruction for pairs makes of them, which rounds in its own way.
+    fn is_native(family: Family) -> bool {
+        family == Family::best_for_bf16() && family != Family::best()
+    }
+
+    fn any_layout<E: Element<Sum = f32>>(
+        (m, n, k): Sizes,
+        seed: u32,
+        threads: usize,
+        layout: usize,
+    ) -> Result<(), TestCaseError> {
+        let (a, b) = (numbers::<E>(m * k, seed), numbers::<E>(k * n, !seed));
+        let start = numbers::<f32>(m * n, seed ^ 7);
+        let (at, bt) = (transpose(&a, m, k), transpose(&b, k, n));
+        let left = if layout & 1 == 0 { View::rows_of(&a, k) } else { View::rows_of(&at, m).t() };
+        let right = if layout & 2 == 0 { View::rows_of(&b, n) } else { View::rows_of(&bt, k).t() };
+        for family in Family::available() {
+            let cpu = Cpu::new(threads, family).unwrap();
+            for into in [Into::Add, Into::Set] {
+                let mut c = start.clone();
+                matmul(&cpu, left, right, ViewMut::rows_of(&mut c, n), into);
+                let mut expected = if into == Into::Add { start.clone() } else { vec![0.0; m * n] };
+                reference(family, &a, &b, (m, n, k), &mut expected);
+                if !E::IS_SUM && is_native(family) {
+                    let worst = c.iter().zip(&expected).map(|(c, e)| (c - e).abs()).fold(0.0, f32::max);
+                    prop_assert!(worst <= 1e-5 * (k as f32).sqrt(), "{} {}", family, worst);
+                } else {
+                    prop_assert_eq!(&c, &expected, "{}", family);
+                }
+                // Rounded sums are the sums, rounded.
+                let mut rounded: Vec<E> = start.iter().map(|x| E::narrow(*x)).collect();
+                let before = rounded.clone();
+                let mut sums = vec![0.0; m * n];
+                matmul(&cpu, left, right, ViewMut::rows_of(&mut rounded, n), into);
+                matmul(&cpu, left, right, ViewMut::rows_of(&mut sums, n), Into::Set);
+                if !E::IS_SUM && k <= depth::<E>(family) {
+                    let before = |i: usize| if into == Into::Add { before[i].widen() } else { 0.0 };
+                    let round = |(i, sum): (usize, &f32)| E::narrow(before(i) + *sum);
+                    let expected: Vec<E> = sums.iter().enumerate().map(round).collect();
+                    prop_assert_eq!(&rounded, &expected, "{}", family);
+                }
+            }
+        }
+        Ok(())
     }
 
     proptest! {
@@ -437,48 +436,36 @@ mod tests {
 
         #[test]
         fn products_have_the_promised_bits_in_any_layout_on_any_number_of_threads(
-            m in 1usize..70, n in 1usize..150, k in 1usize..600, seed: u32, threads in 1usize..4, layout in 0..4,
+            m in 1usize..70, n in 1usize..150, k in 1usize..600, seed: u32, threads in 1usize..4, layout in 0usize..4,
         ) {
-            let (a, b) = (numbers(m * k, seed), numbers(k * n, !seed));
-            let start = numbers(m * n, seed ^ 7);
-            let (at, bt) = (transpose(&a, m, k), transpose(&b, k, n));
-            let left = if layout & 1 == 0 { View::rows_of(&a, k) } else { View::rows_of(&at, m).t() };
-            let right = if layout & 2 == 0 { View::rows_of(&b, n) } else { View::rows_of(&bt, k).t() };
-            for family in Family::available() {
-                let cpu = Cpu::new(threads, family).unwrap();
-                let (mut expected, mut c) = (start.clone(), start.clone());
-                reference(family, &a, &b, (m, n, k), &mut expected);
-                matmul(&cpu, left, right, ViewMut::rows_of(&mut c, n), Into::Add);
-                prop_assert_eq!(&c, &expected, "{}", family);
-                expected.fill(0.0);
-                reference(family, &a, &b, (m, n, k), &mut expected);
-                matmul(&cpu, left, right, ViewMut::rows_of(&mut c, n), Into::Set);
-                prop_assert_eq!(&c, &expected, "{}", family);
-            }
+            any_layout::<f32>((m, n, k), seed, threads, layout)?;
+            any_layout::<Bf16>((m, n, k), seed, threads, layout)?;
         }
     }
 
-    #[test]
-    fn many_tasks_and_part_of_a_packed_factor_give_the_same_bits() {
+    fn many_tasks<E: Element<Sum = f32>>(depth_cut: usize) {
         // More rows and columns than one task has, and a block of the summed dimension cut short.
-        let (m, n, k) = (TASK_ROWS + 7, TASK_COLS + 70, DEPTH + 44);
-        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
         for family in Family::available() {
+            let (m, n, k) = (TASK_ROWS + 7, TASK_COLS + 70, depth::<E>(family) + 44);
+            let (a, b) = (numbers::<E>(m * k, 1), numbers::<E>(k * n, 2));
             let cpu = Cpu::new(2, family).unwrap();
-            let mut memory = vec![0.0; packed_len::<f32>(k, n, family)];
+            let mut memory = vec![E::default(); packed_len::<E>(k, n, family)];
             let packed = pack(&cpu, View::rows_of(&b, n), &mut memory);
             let mut whole = vec![f32::NAN; m * n];
+            let mut rounded = vec![E::default(); m * n];
             product(&cpu, View::rows_of(&a, k), &packed, ViewMut::rows_of(&mut whole, n), Into::Set);
+            product(&cpu, View::rows_of(&a, k), &packed, ViewMut::rows_of(&mut rounded, n), Into::Set);
+            assert!(whole.iter().zip(&rounded).all(|(w, r)| E::narrow(*w) == *r), "{family}");
             for row in [0, 5, TASK_ROWS, m - 1] {
                 let mut alone = vec![f32::NAN; n - 33];
                 let a = View::rows_of(&a[row * k..(row + 1) * k], k);
                 product(&cpu, a, &packed, ViewMut::rows_of(&mut alone, n - 33), Into::Set);
                 assert_eq!(alone, whole[row * n..][..n - 33], "{family}: row {row}");
             }
-            let short = DEPTH + 9;
-            let zeroed: Vec<f32> =
-                a.iter().enumerate().map(|(i, a)| if i % k < short { *a } else { 0.0 }).collect();
-            let (mut cut, mut full) = (vec![0.0; m * n], vec![0.0; m * n]);
+            let short = k - depth_cut;
+            let zero = |(i, a): (usize, &E)| if i % k < short { *a } else { E::default() };
+            let zeroed: Vec<E> = a.iter().enumerate().map(zero).collect();
+            let (mut cut, mut full) = (vec![0.0f32; m * n], vec![0.0f32; m * n]);
             let a = View::new(&a, m, short, k);
             product(&cpu, a, &packed, ViewMut::rows_of(&mut cut, n), Into::Set);
             product(&cpu, View::rows_of(&zeroed, k), &packed, ViewMut::rows_of(&mut full, n), Into::Set);
@@ -487,10 +474,16 @@ mod tests {
     }
 
     #[test]
+    fn many_tasks_and_part_of_a_packed_factor_give_the_same_bits() {
+        many_tasks::<f32>(35);
+        many_tasks::<Bf16>(35);
+    }
+
+    #[test]
     fn an_empty_sum_is_zero() {
         let cpu = Cpu::new(1, Family::best()).unwrap();
         let mut c = vec![1.0f32; 6];
-        let (a, b) = (View::new(&[], 2, 0, 0), View::new(&[], 0, 3, 3));
+        let (a, b) = (View::<f32>::new(&[], 2, 0, 0), View::new(&[], 0, 3, 3));
         matmul(&cpu, a, b, ViewMut::rows_of(&mut c, 3), Into::Add);
         assert_eq!(c, [1.0; 6]);
         matmul(&cpu, a, b, ViewMut::rows_of(&mut c, 3), Into::Set);

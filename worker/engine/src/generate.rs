@@ -10,7 +10,7 @@ use crate::random::{Purpose, draw, unit};
 use caravan_kernels::attention::{self, Inputs};
 use caravan_kernels::matmul::Into;
 use caravan_kernels::rope::{self, Turn};
-use caravan_kernels::{Cpu, Real, embedding, rmsnorm, swiglu};
+use caravan_kernels::{Cpu, Element, Real, embedding, rmsnorm, swiglu};
 use caravan_types::ModelShape;
 
 /// How the next token is chosen.
@@ -26,26 +26,26 @@ pub struct Sampling {
 
 /// A model in the middle of a text.
 #[derive(Debug)]
-pub struct Generator<'a, R> {
+pub struct Generator<'a, E: Element> {
     cpu: &'a Cpu,
     layout: Layout,
     /// By unit.
-    weights: Vec<&'a [R]>,
-    epsilon: R,
-    turns: rope::Table<R>,
+    weights: Vec<&'a [E]>,
+    epsilon: E::Sum,
+    turns: rope::Table<E::Sum>,
     /// For each layer: rows of keys, then rows of values, for `context` positions each.
-    cache: Vec<[Vec<R>; 2]>,
+    cache: Vec<[Vec<E>; 2]>,
     position: usize,
     /// The logits after the last token.
-    logits: Vec<R>,
+    logits: Vec<E::Sum>,
 }
 
-impl<'a, R: Real> Generator<'a, R> {
+impl<'a, E: Element> Generator<'a, E> {
     /// A generator on flat weights.
     ///
     /// # Errors
     /// Where the shape contradicts itself or the weights are not of its size.
-    pub fn new(cpu: &'a Cpu, shape: &ModelShape, weights: &'a [R]) -> Result<Self, EngineError> {
+    pub fn new(cpu: &'a Cpu, shape: &ModelShape, weights: &'a [E]) -> Result<Self, EngineError> {
         let layout = Layout::new(shape)?;
         if weights.len() != layout.parameters() {
             let (got, needed) = (weights.len(), layout.parameters());
@@ -54,11 +54,11 @@ impl<'a, R: Real> Generator<'a, R> {
         let rows = layout.context * layout.kv();
         Ok(Self {
             cpu,
-            epsilon: R::from_f64(f64::from(shape.norm_eps)),
+            epsilon: E::Sum::from_f64(f64::from(shape.norm_eps)),
             turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
-            cache: (0..layout.layers).map(|_| [vec![R::ZERO; rows], vec![R::ZERO; rows]]).collect(),
+            cache: (0..layout.layers).map(|_| [vec![E::default(); rows], vec![E::default(); rows]]).collect(),
             position: 0,
-            logits: vec![R::ZERO; layout.vocab],
+            logits: vec![E::Sum::ZERO; layout.vocab],
             weights: layout.split(weights),
             layout,
         })
@@ -72,7 +72,7 @@ impl<'a, R: Real> Generator<'a, R> {
 
     /// The logits for the token after those read.
     #[must_use]
-    pub fn logits(&self) -> &[R] {
+    pub fn logits(&self) -> &[E::Sum] {
         &self.logits
     }
 
@@ -92,7 +92,7 @@ impl<'a, R: Real> Generator<'a, R> {
             return Err(EngineError::Prompt(format!("the model's context of {context} tokens is full")));
         }
         let n = tokens.len();
-        let mut stream = vec![R::ZERO; n * dim];
+        let mut stream = vec![E::Sum::ZERO; n * dim];
         embedding::forward(self.cpu, tokens, self.weights[0], dim, &mut stream);
         for l in 0..self.layout.layers {
             self.layer(l, n, &mut stream);
@@ -100,20 +100,20 @@ impl<'a, R: Real> Generator<'a, R> {
         self.position += n;
         let unit = self.weights[self.layout.layers + 1];
         let gain = &unit[self.layout.final_norm.clone()];
-        let mut last = vec![R::ZERO; dim];
+        let mut last = vec![E::default(); dim];
         rmsnorm::forward(self.cpu, &stream[(n - 1) * dim..], gain, self.epsilon, &mut last);
         let head = &unit[self.layout.head_weight.clone()];
         product(self.cpu, &last, dim, head, &mut self.logits, Into::Set);
         Ok(())
     }
 
-    fn layer(&mut self, l: usize, n: usize, stream: &mut [R]) {
+    fn layer(&mut self, l: usize, n: usize, stream: &mut [E::Sum]) {
         let Layout { dim, hidden, heads, kv_heads, head, .. } = self.layout;
         let (kv, width, cpu, w) = (self.layout.kv(), self.layout.qkv(), self.cpu, self.weights[l + 1]);
         let Layer { attention_norm, qkv: w_qkv, output, mlp_norm, gate_up: w_gate_up, down } =
             self.layout.layer.clone();
-        let mut normed = vec![R::ZERO; n * dim];
-        let mut qkv = vec![R::ZERO; n * width];
+        let mut normed = vec![E::default(); n * dim];
+        let mut qkv = vec![E::default(); n * width];
         rmsnorm::forward(cpu, stream, &w[attention_norm], self.epsilon, &mut normed);
         product(cpu, &normed, dim, &w[w_qkv], &mut qkv, Into::Set);
         let end = self.position + n;
@@ -129,12 +129,12 @@ impl<'a, R: Real> Generator<'a, R> {
         let inputs =
             Inputs { q: &qkv, q_stride: width, k: keys, v: values, kv_stride: kv, document_start: &starts };
         let shape = attention::Shape { sequences: 1, queries: n, keys: end, heads, kv_heads, head };
-        let mut lse = vec![R::ZERO; n * heads];
+        let mut lse = vec![E::Sum::ZERO; n * heads];
         attention::forward(cpu, &shape, &inputs, &mut normed, &mut lse);
         product(cpu, &normed, dim, &w[output], stream, Into::Add);
 
-        let mut gate_up = vec![R::ZERO; n * 2 * hidden];
-        let mut activated = vec![R::ZERO; n * hidden];
+        let mut gate_up = vec![E::default(); n * 2 * hidden];
+        let mut activated = vec![E::default(); n * hidden];
         rmsnorm::forward(cpu, stream, &w[mlp_norm], self.epsilon, &mut normed);
         product(cpu, &normed, dim, &w[w_gate_up], &mut gate_up, Into::Set);
         swiglu::forward(cpu, &gate_up, hidden, &mut activated);

@@ -9,13 +9,16 @@
 //! What is kept for the backward pass is the input of each norm, rotated queries, keys and
 //! values, the output of attention, and gate and up. Norms and the product of gate and up
 //! are computed again: that costs one pass over data which is read then anyway.
+//!
+//! Weights, and whatever is a factor of a matrix product, are elements `E`; the residual stream,
+//! logits, gradients of weights and all sums are `E::Sum`.
 
 use crate::EngineError;
 use crate::layout::{Layer, Layout};
 use caravan_kernels::attention::{self, Inputs};
 use caravan_kernels::matmul::{self, Into};
 use caravan_kernels::rope::{self, Turn};
-use caravan_kernels::{Cpu, Real, View, ViewMut, add, cross_entropy, embedding, rmsnorm, swiglu};
+use caravan_kernels::{Cpu, Element, Real, View, ViewMut, add, cross_entropy, embedding, rmsnorm, swiglu};
 use caravan_types::{MicroBatch, ModelShape};
 use std::ops::Range;
 
@@ -24,60 +27,67 @@ use std::ops::Range;
 /// cache. Gradients of the head are summed chunk by chunk: changing it changes bits.
 const LOGITS: usize = 1 << 23;
 
+/// Chunks of logits are multiples of so many rows.
+const ROWS: usize = 256;
+
 /// Asked before every layer, and before every chunk of the head, with the unit's number: whether
 /// to stop there.
 pub type Stop<'a> = dyn Fn(u32) -> bool + Sync + 'a;
 
 /// What one layer keeps for its backward pass; a row per token.
 #[derive(Debug, Default)]
-struct Kept<R> {
+struct Kept<E: Element> {
     /// Input of the layer, [dim].
-    input: Vec<R>,
+    input: Vec<E::Sum>,
     /// Rotated queries and keys, and values.
-    qkv: Vec<R>,
+    qkv: Vec<E>,
     /// Output of attention, [dim].
-    attention: Vec<R>,
+    attention: Vec<E>,
     /// Logarithms of attention's sums, [heads].
-    lse: Vec<R>,
+    lse: Vec<E::Sum>,
     /// The residual stream between attention and feed-forward network, [dim].
-    middle: Vec<R>,
+    middle: Vec<E::Sum>,
     /// Gate and up, [2·hidden].
-    gate_up: Vec<R>,
+    gate_up: Vec<E>,
 }
 
 /// Working memory that layers share.
 #[derive(Debug, Default)]
-struct Memory<R> {
+struct Memory<E: Element> {
     /// Normalised rows, [dim].
-    normed: Vec<R>,
+    normed: Vec<E>,
     /// The product of gate and up, and its gradient, [hidden].
-    product: Vec<R>,
+    product: Vec<E>,
     /// Gradient of gate and up, [2·hidden].
-    dgate_up: Vec<R>,
+    dgate_up: Vec<E>,
     /// Gradient of queries, keys and values.
-    dqkv: Vec<R>,
-    /// Gradient of what a norm or attention put out, [dim].
-    dnormed: Vec<R>,
-    /// Gradient of the residual stream, [dim].
-    dstream: Vec<R>,
-    /// A chunk of logits, and of their gradient.
-    logits: Vec<R>,
+    dqkv: Vec<E>,
+    /// Gradient of what attention put out, [dim].
+    dattention: Vec<E>,
+    /// Gradient of what a norm put out, [dim].
+    dnormed: Vec<E::Sum>,
+    /// Gradient of the residual stream, [dim], and the same as a factor of products.
+    dstream: Vec<E::Sum>,
+    rounded: Vec<E>,
+    /// A chunk of logits, and their gradient.
+    logits: Vec<E::Sum>,
+    dlogits: Vec<E>,
     /// The head, packed for logits and for the gradient of their input.
-    head: [Vec<R>; 2],
+    head: [Vec<E>; 2],
     /// Each token's loss.
     losses: Vec<f64>,
 }
 
 /// A micro-batch between its way forward and its way back.
 #[derive(Debug, Default)]
-pub struct Flight<R> {
+pub struct Flight<E: Element> {
     batch: MicroBatch,
     /// One a layer of the stage, and the residual stream after the last one as the input of
     /// one more.
-    kept: Vec<Kept<R>>,
+    kept: Vec<Kept<E>>,
 }
 
-impl<R> Flight<R> {
+impl<E: Element> Flight<E> {
     /// Its tokens, and how many of them count.
     #[must_use]
     pub fn tokens(&self) -> (usize, u64) {
@@ -87,18 +97,18 @@ impl<R> Flight<R> {
 
 /// A stage of a Llama, without weights.
 #[derive(Debug)]
-pub struct Model<R> {
+pub struct Model<E: Element> {
     layout: Layout,
-    epsilon: R,
-    turns: rope::Table<R>,
+    epsilon: E::Sum,
+    turns: rope::Table<E::Sum>,
     /// The stage.
     units: Range<usize>,
     /// Memory of flights that have landed.
-    spare: Vec<Flight<R>>,
-    memory: Memory<R>,
+    spare: Vec<Flight<E>>,
+    memory: Memory<E>,
 }
 
-impl<R: Real> Model<R> {
+impl<E: Element> Model<E> {
     /// The whole model of that shape.
     ///
     /// # Errors
@@ -106,7 +116,7 @@ impl<R: Real> Model<R> {
     pub fn new(shape: &ModelShape) -> Result<Self, EngineError> {
         let layout = Layout::new(shape)?;
         Ok(Self {
-            epsilon: R::from_f64(f64::from(shape.norm_eps)),
+            epsilon: E::Sum::from_f64(f64::from(shape.norm_eps)),
             turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
             units: 0..layout.units(),
             spare: Vec::new(),
@@ -160,8 +170,8 @@ impl<R: Real> Model<R> {
     pub fn gradient(
         &mut self,
         cpu: &Cpu,
-        weights: &[R],
-        gradient: &mut [R],
+        weights: &[E],
+        gradient: &mut [E::Sum],
         batch: &MicroBatch,
         scale: f64,
         stop: &Stop<'_>,
@@ -175,11 +185,11 @@ impl<R: Real> Model<R> {
     ///
     /// # Errors
     /// Where the micro-batch does not fit the model: the reason.
-    pub fn logits(&mut self, cpu: &Cpu, weights: &[R], batch: &MicroBatch) -> Result<Vec<R>, String> {
+    pub fn logits(&mut self, cpu: &Cpu, weights: &[E], batch: &MicroBatch) -> Result<Vec<E::Sum>, String> {
         let weights = self.layout.split(weights);
         let flight = self.forward(cpu, &weights, batch.clone(), None, &|_| false)?.unwrap_or_default();
         let n = batch.tokens.len();
-        let mut logits = vec![R::ZERO; n * self.layout.vocab];
+        let mut logits = vec![E::Sum::ZERO; n * self.layout.vocab];
         let last = weights[self.layout.layers + 1];
         self.final_norm(cpu, last, &flight, n);
         let head = &last[self.layout.head_weight.clone()];
@@ -198,11 +208,11 @@ impl<R: Real> Model<R> {
     pub fn forward(
         &mut self,
         cpu: &Cpu,
-        weights: &[&[R]],
+        weights: &[&[E]],
         batch: MicroBatch,
-        input: Option<&[R]>,
+        input: Option<&[E::Sum]>,
         stop: &Stop<'_>,
-    ) -> Result<Option<Flight<R>>, String> {
+    ) -> Result<Option<Flight<E>>, String> {
         check(&self.layout, &batch)?;
         let (n, dim) = (batch.tokens.len(), self.layout.dim);
         self.check_stream(input, n, !self.is_first())?;
@@ -227,7 +237,7 @@ impl<R: Real> Model<R> {
 
     /// The residual stream after the stage, [tokens, dim].
     #[must_use]
-    pub fn output<'a>(&self, flight: &'a Flight<R>) -> &'a [R] {
+    pub fn output<'a>(&self, flight: &'a Flight<E>) -> &'a [E::Sum] {
         let n = flight.batch.tokens.len() * self.layout.dim;
         flight.kept.last().map_or(&[], |last| &last.input[..n])
     }
@@ -243,10 +253,10 @@ impl<R: Real> Model<R> {
     pub fn backward(
         &mut self,
         cpu: &Cpu,
-        weights: &[&[R]],
-        gradient: &mut [&mut [R]],
-        flight: Flight<R>,
-        coming: Option<&[R]>,
+        weights: &[&[E]],
+        gradient: &mut [&mut [E::Sum]],
+        flight: Flight<E>,
+        coming: Option<&[E::Sum]>,
         scale: f64,
         stop: &Stop<'_>,
     ) -> Result<Option<f64>, String> {
@@ -255,6 +265,7 @@ impl<R: Real> Model<R> {
             let loss = match coming {
                 Some(coming) => {
                     add::copy(cpu, &mut self.memory.dstream[..coming.len()], coming);
+                    add::narrow(cpu, &mut self.memory.rounded[..coming.len()], coming);
                     0.0
                 }
                 None => {
@@ -271,14 +282,14 @@ impl<R: Real> Model<R> {
     /// The gradient of the residual stream before the stage, of the micro-batch of `tokens`
     /// tokens that went back last: [tokens, dim].
     #[must_use]
-    pub fn input_gradient(&self, tokens: usize) -> &[R] {
+    pub fn input_gradient(&self, tokens: usize) -> &[E::Sum] {
         &self.memory.dstream[..tokens * self.layout.dim]
     }
 
     /// Whether what another stage sent is there where it must be, and of the right size.
-    fn check_stream(&self, stream: Option<&[R]>, tokens: usize, needed: bool) -> Result<(), String> {
+    fn check_stream(&self, stream: Option<&[E::Sum]>, tokens: usize, needed: bool) -> Result<(), String> {
         let expected = needed.then_some(tokens * self.layout.dim);
-        let found = stream.map(<[R]>::len);
+        let found = stream.map(<[E::Sum]>::len);
         if found == expected {
             return Ok(());
         }
@@ -286,7 +297,7 @@ impl<R: Real> Model<R> {
     }
 
     /// Takes memory for `n` tokens.
-    fn reserve(&mut self, cpu: &Cpu, flight: &mut Flight<R>, n: usize) {
+    fn reserve(&mut self, cpu: &Cpu, flight: &mut Flight<E>, n: usize) {
         let Layout { dim, heads, hidden, vocab, .. } = self.layout;
         let qkv = self.layout.qkv();
         let last = self.layers().len();
@@ -306,13 +317,16 @@ impl<R: Real> Model<R> {
         grow(&mut m.product, n * hidden);
         grow(&mut m.dgate_up, n * 2 * hidden);
         grow(&mut m.dqkv, n * qkv);
+        grow(&mut m.dattention, n * dim);
         grow(&mut m.dnormed, n * dim);
         grow(&mut m.dstream, n * dim);
+        grow(&mut m.rounded, n * dim);
         if self.units.end == self.layout.units() {
             grow(&mut m.logits, chunk_rows(vocab).min(n) * vocab);
+            grow(&mut m.dlogits, chunk_rows(vocab).min(n) * vocab);
             grow(&mut m.losses, n);
-            grow(&mut m.head[0], matmul::packed_len::<R>(dim, vocab, cpu.family()));
-            grow(&mut m.head[1], matmul::packed_len::<R>(vocab, dim, cpu.family()));
+            grow(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
+            grow(&mut m.head[1], matmul::packed_len::<E>(vocab, dim, cpu.family()));
         }
     }
 
@@ -323,7 +337,7 @@ impl<R: Real> Model<R> {
     }
 
     /// One layer; `w` is its unit, `i` counts the stage's layers.
-    fn forward_layer(&mut self, cpu: &Cpu, w: &[R], flight: &mut Flight<R>, i: usize) {
+    fn forward_layer(&mut self, cpu: &Cpu, w: &[E], flight: &mut Flight<E>, i: usize) {
         let Layout { dim, hidden, .. } = self.layout;
         let batch = &flight.batch;
         let (n, width) = (batch.tokens.len(), self.layout.qkv());
@@ -356,7 +370,7 @@ impl<R: Real> Model<R> {
     }
 
     /// Normalises the residual stream after the last layer into `normed`; `w` is the last unit.
-    fn final_norm(&mut self, cpu: &Cpu, w: &[R], flight: &Flight<R>, n: usize) {
+    fn final_norm(&mut self, cpu: &Cpu, w: &[E], flight: &Flight<E>, n: usize) {
         let gain = &w[self.layout.final_norm.clone()];
         let normed = &mut self.memory.normed[..n * self.layout.dim];
         let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..normed.len()]);
@@ -368,9 +382,9 @@ impl<R: Real> Model<R> {
     fn head(
         &mut self,
         cpu: &Cpu,
-        w: &[R],
-        g: &mut [R],
-        flight: &Flight<R>,
+        w: &[E],
+        g: &mut [E::Sum],
+        flight: &Flight<E>,
         scale: f64,
         stop: &Stop<'_>,
     ) -> Option<f64> {
@@ -396,17 +410,19 @@ impl<R: Real> Model<R> {
             matmul::product(cpu, View::rows_of(normed, dim), &forward, into, Into::Set);
             let (targets, counted) = (&batch.targets[rows.clone()], &batch.counted[rows.clone()]);
             let losses = &mut m.losses[rows];
-            cross_entropy::forward_backward(cpu, logits, vocab, targets, counted, scale, losses);
-            let dlogits = View::rows_of(logits, vocab);
+            let dlogits = &mut m.dlogits[..logits.len()];
+            cross_entropy::forward_backward(cpu, logits, dlogits, vocab, targets, counted, scale, losses);
+            let dlogits = View::rows_of(dlogits, vocab);
             matmul::product(cpu, dlogits, &backward, ViewMut::rows_of(dnormed, dim), Into::Set);
-            outer(cpu, logits, vocab, normed, dim, &mut g[self.layout.head_weight.clone()]);
+            outer(cpu, dlogits, normed, dim, &mut g[self.layout.head_weight.clone()]);
         }
         let gain = self.layout.final_norm.clone();
         let (dnormed, dstream) = (&m.dnormed[..n * dim], &mut m.dstream[..n * dim]);
+        let rounded = &mut m.rounded[..n * dim];
         let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..n * dim]);
         add::zero(cpu, dstream);
         let dgain = &mut g[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, stream, &w[gain], self.epsilon, dstream, dgain);
+        rmsnorm::backward(cpu, dnormed, stream, &w[gain], self.epsilon, dstream, rounded, dgain);
         Some(m.losses[..n].iter().sum())
     }
 
@@ -414,9 +430,9 @@ impl<R: Real> Model<R> {
     fn back_through(
         &mut self,
         cpu: &Cpu,
-        weights: &[&[R]],
-        gradient: &mut [&mut [R]],
-        flight: &Flight<R>,
+        weights: &[&[E]],
+        gradient: &mut [&mut [E::Sum]],
+        flight: &Flight<E>,
         stop: &Stop<'_>,
     ) -> bool {
         for (i, layer) in self.layers().enumerate().rev() {
@@ -435,76 +451,90 @@ impl<R: Real> Model<R> {
         true
     }
 
-    fn backward_mlp(&mut self, cpu: &Cpu, w: &[R], g: &mut [R], kept: &Kept<R>, n: usize) {
+    fn backward_mlp(&mut self, cpu: &Cpu, w: &[E], g: &mut [E::Sum], kept: &Kept<E>, n: usize) {
         let Layout { dim, hidden, .. } = self.layout;
         let layer = &self.layout.layer;
         let m = &mut self.memory;
         let (normed, dnormed) = (&mut m.normed[..n * dim], &mut m.dnormed[..n * dim]);
         let (activated, dgate_up) = (&mut m.product[..n * hidden], &mut m.dgate_up[..n * 2 * hidden]);
-        let dstream = &mut m.dstream[..n * dim];
+        let (dstream, rounded) = (&mut m.dstream[..n * dim], &mut m.rounded[..n * dim]);
         let middle = &kept.middle[..n * dim];
         let gate_up = &kept.gate_up[..n * 2 * hidden];
         let gain = layer.mlp_norm.clone();
 
-        back(cpu, dstream, dim, &w[layer.down.clone()], hidden, activated);
+        back(cpu, rounded, dim, &w[layer.down.clone()], hidden, activated);
         swiglu::backward(cpu, activated, gate_up, hidden, dgate_up);
-        outer(cpu, dstream, dim, activated, hidden, &mut g[layer.down.clone()]);
+        outer(cpu, View::rows_of(rounded, dim), activated, hidden, &mut g[layer.down.clone()]);
         back(cpu, dgate_up, 2 * hidden, &w[layer.gate_up.clone()], dim, dnormed);
         rmsnorm::forward(cpu, middle, &w[gain.clone()], self.epsilon, normed);
-        outer(cpu, dgate_up, 2 * hidden, normed, dim, &mut g[layer.gate_up.clone()]);
+        outer(cpu, View::rows_of(dgate_up, 2 * hidden), normed, dim, &mut g[layer.gate_up.clone()]);
         let dgain = &mut g[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, middle, &w[gain], self.epsilon, dstream, dgain);
+        rmsnorm::backward(cpu, dnormed, middle, &w[gain], self.epsilon, dstream, rounded, dgain);
     }
 
-    fn backward_attention(&mut self, cpu: &Cpu, w: &[R], g: &mut [R], kept: &Kept<R>, batch: &MicroBatch) {
+    fn backward_attention(
+        &mut self,
+        cpu: &Cpu,
+        w: &[E],
+        g: &mut [E::Sum],
+        kept: &Kept<E>,
+        batch: &MicroBatch,
+    ) {
         let dim = self.layout.dim;
         let (n, width) = (batch.tokens.len(), self.layout.qkv());
         let shape = self.attention_shape(batch);
         let layer = &self.layout.layer;
         let m = &mut self.memory;
         let (normed, dnormed) = (&mut m.normed[..n * dim], &mut m.dnormed[..n * dim]);
-        let (dqkv, dstream) = (&mut m.dqkv[..n * width], &mut m.dstream[..n * dim]);
+        let (dqkv, dattention) = (&mut m.dqkv[..n * width], &mut m.dattention[..n * dim]);
+        let (dstream, rounded) = (&mut m.dstream[..n * dim], &mut m.rounded[..n * dim]);
         let (input, qkv) = (&kept.input[..n * dim], &kept.qkv[..n * width]);
         let (out, lse) = (&kept.attention[..n * dim], &kept.lse[..n * shape.heads]);
         let gain = layer.attention_norm.clone();
 
-        back(cpu, dstream, dim, &w[layer.output.clone()], dim, dnormed);
-        outer(cpu, dstream, dim, out, dim, &mut g[layer.output.clone()]);
+        back(cpu, rounded, dim, &w[layer.output.clone()], dim, dattention);
+        outer(cpu, View::rows_of(rounded, dim), out, dim, &mut g[layer.output.clone()]);
         let inputs = Inputs::fused(qkv, &shape, &batch.document_start);
-        attention::backward(cpu, &shape, &inputs, (out, lse), dnormed, dqkv);
+        attention::backward(cpu, &shape, &inputs, (out, lse), dattention, dqkv);
         let turned = dim + self.layout.kv();
         rope::rope(cpu, dqkv, width, turned, (0, batch.length), &self.turns, Turn::Backward);
         back(cpu, dqkv, width, &w[layer.qkv.clone()], dim, dnormed);
         rmsnorm::forward(cpu, input, &w[gain.clone()], self.epsilon, normed);
-        outer(cpu, dqkv, width, normed, dim, &mut g[layer.qkv.clone()]);
+        outer(cpu, View::rows_of(dqkv, width), normed, dim, &mut g[layer.qkv.clone()]);
         let dgain = &mut g[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, input, &w[gain], self.epsilon, dstream, dgain);
+        rmsnorm::backward(cpu, dnormed, input, &w[gain], self.epsilon, dstream, rounded, dgain);
     }
 }
 
 /// y = x·Wᵀ or y += x·Wᵀ, with W as [out, in].
-pub(crate) fn product<R: Real>(cpu: &Cpu, x: &[R], inputs: usize, w: &[R], y: &mut [R], into: Into) {
+pub(crate) fn product<E, O>(cpu: &Cpu, x: &[E], inputs: usize, w: &[E], y: &mut [O], into: Into)
+where
+    E: Element,
+    O: Element<Sum = E::Sum>,
+{
     let w = View::rows_of(w, inputs);
     let y = ViewMut::rows_of(y, w.rows());
     matmul::matmul(cpu, View::rows_of(x, inputs), w.t(), y, into);
 }
 
 /// dx = dy·W.
-fn back<R: Real>(cpu: &Cpu, dy: &[R], outputs: usize, w: &[R], inputs: usize, dx: &mut [R]) {
+fn back<E, O>(cpu: &Cpu, dy: &[E], outputs: usize, w: &[E], inputs: usize, dx: &mut [O])
+where
+    E: Element,
+    O: Element<Sum = E::Sum>,
+{
     let w = View::rows_of(w, inputs);
     matmul::matmul(cpu, View::rows_of(dy, outputs), w, ViewMut::rows_of(dx, inputs), Into::Set);
 }
 
 /// dW += dyᵀ·x.
-fn outer<R: Real>(cpu: &Cpu, dy: &[R], outputs: usize, x: &[R], inputs: usize, dw: &mut [R]) {
-    let (dy, x) = (View::rows_of(dy, outputs), View::rows_of(x, inputs));
-    matmul::matmul(cpu, dy.t(), x, ViewMut::rows_of(dw, inputs), Into::Add);
+fn outer<E: Element>(cpu: &Cpu, dy: View<'_, E>, x: &[E], inputs: usize, dw: &mut [E::Sum]) {
+    matmul::matmul(cpu, dy.t(), View::rows_of(x, inputs), ViewMut::rows_of(dw, inputs), Into::Add);
 }
 
-/// Rows of logits in a chunk: whole blocks of the sums over rows that make the head's
-/// gradient, so that no pass over it is for a few rows only.
+/// Rows of logits in a chunk: so many that no pass over the head's gradient is for a few only.
 fn chunk_rows(vocab: usize) -> usize {
-    (LOGITS / vocab / matmul::DEPTH).max(1) * matmul::DEPTH
+    (LOGITS / vocab / ROWS).max(1) * ROWS
 }
 
 fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {

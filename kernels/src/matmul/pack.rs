@@ -1,0 +1,249 @@
+//! The order in which factors lie in memory while they are multiplied.
+//!
+//! A panel of the right factor is as wide as a register tile. For each group of k (one value, or
+//! two side by side where the family multiplies pairs) it has its columns side by side, so that a
+//! tile reads memory front to back. The left factor is packed likewise, by rows.
+
+// Tasks write disjoint panels of one matrix.
+#![allow(unsafe_code)]
+
+use super::{Tiles, View};
+use crate::target::Target;
+use crate::{Cpu, Element, Family, scratch};
+use std::ops::Range;
+
+/// The right factor of a product, packed for one family.
+#[derive(Debug)]
+pub struct Packed<'a, E> {
+    pub(super) data: &'a [E],
+    pub(super) depth: usize,
+    pub(super) cols: usize,
+}
+
+/// Elements that packing a `depth` × `cols` right factor takes: whole groups of whole vectors.
+#[must_use]
+pub fn packed_len<E: Element>(depth: usize, cols: usize, family: Family) -> usize {
+    let tiles = E::tiles(family);
+    depth.next_multiple_of(tiles.group) * cols.next_multiple_of(tiles.lanes)
+}
+
+/// One panel of one block: where it starts in a packed matrix and what it covers.
+pub(super) struct Panel {
+    /// First element in the packed matrix.
+    pub(super) start: usize,
+    /// Summed indices.
+    k: Range<usize>,
+    /// Columns.
+    cols: Range<usize>,
+    /// Columns with those that pad them.
+    pub(super) width: usize,
+    /// Summed indices side by side.
+    group: usize,
+}
+
+impl Panel {
+    /// Elements.
+    pub(super) fn len(&self) -> usize {
+        self.k.len().next_multiple_of(self.group) * self.width
+    }
+}
+
+/// Panel `j` of the block that starts at `k`; [`packed_len`] bounds its end.
+pub(super) fn panel<E: Element>(b: &Packed<'_, E>, tiles: &Tiles<E>, k: usize, j: usize) -> Panel {
+    panel_of(b.depth, b.cols, tiles, k, j)
+}
+
+fn panel_of<E: Element>(depth: usize, cols: usize, tiles: &Tiles<E>, k: usize, j: usize) -> Panel {
+    let (width, group) = (tiles.width, tiles.group);
+    let padded = cols.next_multiple_of(tiles.lanes);
+    let end = (k + tiles.depth).min(depth);
+    let (first, last) = (j * width, ((j + 1) * width).min(cols));
+    let start = k * padded + (end - k).next_multiple_of(group) * first;
+    Panel { start, k: k..end, cols: first..last, width: width.min(padded - first), group }
+}
+
+/// Packs a right factor on this thread alone.
+pub(crate) fn pack_serial<'a, E: Element>(family: Family, b: View<'_, E>, out: &'a mut [E]) -> Packed<'a, E> {
+    let tiles = E::tiles(family);
+    let out = &mut out[..packed_len::<E>(b.rows, b.cols, family)];
+    for k in (0..b.rows).step_by(tiles.depth) {
+        for j in 0..b.cols.div_ceil(tiles.width) {
+            let p = panel_of(b.rows, b.cols, &tiles, k, j);
+            pack_panel(family, b, &p, &mut out[p.start..p.start + p.len()]);
+        }
+    }
+    Packed { data: out, depth: b.rows, cols: b.cols }
+}
+
+/// Packs a right factor into scratch memory that the caller gives, on this thread alone.
+pub(crate) fn packed_in<'a, E: Element>(
+    family: Family,
+    b: View<'_, E>,
+    out: &mut &'a mut [E],
+) -> Packed<'a, E> {
+    let out = scratch::take(out, packed_len::<E>(b.rows, b.cols, family));
+    pack_serial(family, b, out)
+}
+
+/// Packs a right factor into `out`, which has [`packed_len`] elements at least.
+///
+/// # Panics
+/// Where `out` is too short.
+pub fn pack<'a, E: Element>(cpu: &Cpu, b: View<'_, E>, out: &'a mut [E]) -> Packed<'a, E> {
+    let family = cpu.family();
+    let tiles = E::tiles(family);
+    let out = &mut out[..packed_len::<E>(b.rows, b.cols, family)];
+    let (blocks, panels) = (b.rows.div_ceil(tiles.depth), b.cols.div_ceil(tiles.width));
+    let target = Target::new(out);
+    cpu.for_each(blocks * panels, |task| {
+        let p = panel_of(b.rows, b.cols, &tiles, task / panels * tiles.depth, task % panels);
+        // SAFETY: panels are disjoint and lie within packed_len (see `panel_of`), and the
+        // exclusive borrow of `out` outlives the tasks.
+        let out = unsafe { target.part(p.start, p.len()) };
+        pack_panel(family, b, &p, out);
+    });
+    Packed { data: out, depth: b.rows, cols: b.cols }
+}
+
+kernel! {
+    /// Packs one panel; zeros where there is nothing.
+    fn pack_panel<E: Element>(b: View<'_, E>, p: &Panel, out: &mut [E]) {
+        match (p.group, b.col_stride == 1) {
+            (1, true) => pack_rows::<E, 1>(b, p, out),
+            (1, false) => pack_columns::<E, 1>(b, p, out),
+            (_, true) => pack_rows::<E, 2>(b, p, out),
+            (_, false) => pack_columns::<E, 2>(b, p, out),
+        }
+    }
+}
+
+/// Of a factor whose rows are contiguous.
+#[inline(always)]
+fn pack_rows<E: Element, const GROUP: usize>(b: View<'_, E>, p: &Panel, out: &mut [E]) {
+    let n = p.cols.len();
+    let (groups, _) = out.as_chunks_mut::<GROUP>();
+    for (k, out) in p.k.clone().step_by(GROUP).zip(groups.chunks_exact_mut(p.width)) {
+        let row = |k: usize| &b.data[k * b.row_stride + p.cols.start..][..n];
+        let (first, last) = (row(k), row((k + GROUP - 1).min(p.k.end - 1)));
+        let whole = k + GROUP <= p.k.end;
+        for (out, (first, last)) in out.iter_mut().zip(first.iter().zip(last)) {
+            out[GROUP - 1] = if whole { *last } else { E::default() };
+            out[0] = *first;
+        }
+        out[n..].fill([E::default(); GROUP]);
+    }
+}
+
+/// Of a factor whose columns are contiguous: squares of them are turned in the first-level cache.
+#[inline(always)]
+fn pack_columns<E: Element, const GROUP: usize>(b: View<'_, E>, p: &Panel, out: &mut [E]) {
+    const SQUARE: usize = 16;
+    let n = p.cols.len();
+    let (out, _) = out.as_chunks_mut::<GROUP>();
+    for k in p.k.clone().step_by(SQUARE * GROUP) {
+        let depth = (SQUARE * GROUP).min(p.k.end - k);
+        let groups = depth.div_ceil(GROUP);
+        let out = &mut out[(k - p.k.start) / GROUP * p.width..][..groups * p.width];
+        for c in (0..p.width).step_by(SQUARE) {
+            let mut square = [[[E::default(); GROUP]; SQUARE]; SQUARE];
+            for (i, column) in square.iter_mut().enumerate().take(n.saturating_sub(c)) {
+                let from = (p.cols.start + c + i) * b.col_stride + k * b.row_stride;
+                column.as_flattened_mut()[..depth].copy_from_slice(&b.data[from..from + depth]);
+            }
+            let wide = SQUARE.min(p.width - c);
+            for (k, out) in out.chunks_exact_mut(p.width).enumerate() {
+                for (i, out) in out[c..c + wide].iter_mut().enumerate() {
+                    *out = square[i][k];
+                }
+            }
+        }
+    }
+}
+
+/// Rows of a packed left factor that lie side by side: whole tiles, and few enough for what a
+/// tile reads to be contiguous.
+fn left_rows<E: Element>(tiles: &Tiles<E>) -> usize {
+    tiles.height * tiles.group
+}
+
+/// Packs rows of A: for each [`left_rows`] of them, for each group of k, the rows' groups side by
+/// side.
+pub(super) fn pack_left<E: Element>(
+    family: Family,
+    a: View<'_, E>,
+    rows: Range<usize>,
+    ks: Range<usize>,
+    out: &mut [E],
+) {
+    let tiles = E::tiles(family);
+    let len = ks.len().next_multiple_of(tiles.group);
+    for row in rows.clone().step_by(left_rows(&tiles)) {
+        let part = row..(row + left_rows(&tiles)).min(rows.end);
+        let out = &mut out[(row - rows.start) * len..][..part.len() * len];
+        pack_left_part(family, a, part, ks.clone(), tiles.group, out);
+    }
+}
+
+kernel! {
+    fn pack_left_part<E: Element>(a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, group: usize, out: &mut [E]) {
+        match (group, rows.len()) {
+            (1, 6) => pack_some::<E, 1, 6>(a, rows, ks, out),
+            (1, 4) => pack_some::<E, 1, 4>(a, rows, ks, out),
+            (1, _) => pack_few::<E, 1>(a, rows, ks, out),
+            (_, 12) => pack_some::<E, 2, 12>(a, rows, ks, out),
+            (_, 8) => pack_some::<E, 2, 8>(a, rows, ks, out),
+            _ => pack_few::<E, 2>(a, rows, ks, out),
+        }
+    }
+}
+
+/// Exactly so many rows.
+#[inline(always)]
+fn pack_some<E: Element, const GROUP: usize, const ROWS: usize>(
+    a: View<'_, E>,
+    rows: Range<usize>,
+    ks: Range<usize>,
+    out: &mut [E],
+) {
+    if a.row_stride != 1 || !ks.len().is_multiple_of(GROUP) {
+        return pack_few::<E, GROUP>(a, rows, ks, out);
+    }
+    let (out, _) = out.as_chunks_mut::<GROUP>();
+    for (k, out) in ks.step_by(GROUP).zip(out.as_chunks_mut::<ROWS>().0) {
+        let column = |k: usize| a.data[k * a.col_stride + rows.start..].first_chunk::<ROWS>();
+        let (Some(first), Some(last)) = (column(k), column(k + GROUP - 1)) else { return };
+        for (out, (first, last)) in out.iter_mut().zip(first.iter().zip(last)) {
+            out[0] = *first;
+            out[GROUP - 1] = *last;
+        }
+    }
+}
+
+/// Any number of rows.
+#[inline(always)]
+fn pack_few<E: Element, const GROUP: usize>(a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, out: &mut [E]) {
+    let (out, _) = out.as_chunks_mut::<GROUP>();
+    for (k, out) in ks.clone().step_by(GROUP).zip(out.chunks_exact_mut(rows.len())) {
+        for (row, out) in rows.clone().zip(out) {
+            for (k, out) in (k..).zip(out) {
+                *out = if k < ks.end { a.data[row * a.row_stride + k * a.col_stride] } else { E::default() };
+            }
+        }
+    }
+}
+
+/// Where a packed left factor of `rows` rows and `depth` values of k has the groups from `k` on of
+/// the rows from `row` on, a tile's border: with the distances from row to row and from group to
+/// group.
+pub(super) fn left_at<'a, E: Element>(
+    tiles: &Tiles<E>,
+    left: &'a [E],
+    (row, rows): (usize, usize),
+    k: usize,
+    depth: usize,
+) -> (&'a [E], usize, usize) {
+    let first = row - row % left_rows(tiles);
+    let part = left_rows(tiles).min(rows - first);
+    let start = first * depth.next_multiple_of(tiles.group) + k * part + (row - first) * tiles.group;
+    (&left[start..], tiles.group, part * tiles.group)
+}
