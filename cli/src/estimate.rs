@@ -1,17 +1,16 @@
 //! What a run costs: parameters, memory and arithmetic, from its shapes.
 
-use caravan_types::cost::{Activations, FP32, gradient_sums};
-use caravan_types::{BatchShape, ModelShape, UnitId};
+use caravan_types::cost::{Activations, FP32, STATE, gradient_sums};
+use caravan_types::{BatchShape, ModelShape, Precision, UnitId};
 
 /// Memory of one worker, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// The weights: the whole model, while pipelines have one stage. In fp32 the master
-    /// weights of owned slices are these.
+    /// The weights: the whole model, while pipelines have one stage.
     pub weights: u64,
     /// Sums of gradients: its own and those that it receives for the slices that it owns.
     pub gradients: u64,
-    /// Both moments of the slices that it owns.
+    /// Both moments of the slices that it owns, and master weights that are not the weights.
     pub moments: u64,
     /// What the passes over one micro-batch need.
     pub activations: u64,
@@ -20,17 +19,23 @@ pub struct Memory {
 impl Memory {
     /// Estimates what one of `workers` workers needs. Good to some ten percent: buffers of
     /// the network and the allocator's waste are not in it.
-    pub fn estimate(model: &ModelShape, batch: &BatchShape, workers: u32, redundancy: u32) -> Self {
+    pub fn estimate(
+        model: &ModelShape,
+        batch: &BatchShape,
+        precision: Precision,
+        workers: u32,
+        redundancy: u32,
+    ) -> Self {
         let parameters = model.parameters();
         let workers = workers.min(batch.lanes).max(1);
         let sums = gradient_sums(batch.lanes.div_ceil(workers));
         let owners = u64::from(redundancy.min(workers));
         let owned = (parameters * owners).div_ceil(u64::from(workers));
         Self {
-            weights: FP32 * parameters,
+            weights: precision.bytes() * parameters,
             gradients: FP32 * (parameters * sums + owned * u64::from(workers - 1)),
-            moments: 2 * FP32 * owned,
-            activations: activations(model, batch),
+            moments: owned * if precision == Precision::Fp32 { STATE - FP32 } else { STATE },
+            activations: activations(model, batch, precision),
         }
     }
 
@@ -41,8 +46,8 @@ impl Memory {
 }
 
 /// What the engine's passes over one micro-batch take in a worker that has the whole model.
-fn activations(model: &ModelShape, batch: &BatchShape) -> u64 {
-    let part = Activations::new(model, batch);
+fn activations(model: &ModelShape, batch: &BatchShape, precision: Precision) -> u64 {
+    let part = Activations::new(model, batch, precision);
     u64::from(model.layers) * part.layer + part.shared + part.head
 }
 
@@ -111,12 +116,15 @@ mod tests {
     fn the_memory_of_70b_is_16_bytes_a_parameter_and_is_shared_out() {
         let model = ModelShape::preset("70b").unwrap();
         let batch = BatchShape { lanes: 8, micro_batches: 1, sequences: 1, sequence_length: 4096 };
-        let one = Memory::estimate(&model, &batch, 1, 2);
+        let one = Memory::estimate(&model, &batch, Precision::Fp32, 1, 2);
         assert_eq!(one.moments + one.weights, 12 * model.parameters());
-        let single = Memory::estimate(&model, &BatchShape { lanes: 1, ..batch }, 1, 1);
+        let single = Memory::estimate(&model, &BatchShape { lanes: 1, ..batch }, Precision::Fp32, 1, 1);
         assert_eq!(single.weights + single.gradients + single.moments, 16 * model.parameters());
-        let four = Memory::estimate(&model, &batch, 4, 2);
+        let four = Memory::estimate(&model, &batch, Precision::Fp32, 4, 2);
         assert_eq!(four.moments, one.moments / 2);
-        assert_eq!(Memory::estimate(&model, &batch, 100, 2), Memory::estimate(&model, &batch, 8, 2));
+        assert_eq!(
+            Memory::estimate(&model, &batch, Precision::Fp32, 100, 2),
+            Memory::estimate(&model, &batch, Precision::Fp32, 8, 2)
+        );
     }
 }

@@ -8,7 +8,6 @@ use crate::telemetry::{self, Guard, LogTarget};
 use caravan_checkpoint::{Found, Refused, newest_intact_until};
 use caravan_coordinator::{Options, ledger};
 use caravan_data::{DataError, Dataset, Prepared, Sampler, prepare};
-use caravan_kernels::Family;
 use caravan_types::{DataSpec, RunSpec, Step};
 use std::error::Error;
 use std::io;
@@ -161,7 +160,7 @@ fn spec(settings: &Settings, data: DataSpec, path: &Path) -> Result<RunSpec, Run
         Kernels::Named(name) => name.clone(),
         Kernels::Auto => match RunDir::peek(path)? {
             Some(there) => there.numerics.family,
-            None => Family::best().name().to_owned(),
+            None => caravan_engine::fastest(settings.precision).name().to_owned(),
         },
     };
     Ok(settings.spec(data, &family))

@@ -198,7 +198,7 @@ fn config(options: &Options) -> Config {
         shape: spec.model.clone(),
         batch: spec.batch,
         steps: spec.recipe.steps,
-        family: spec.numerics.family.clone(),
+        numerics: spec.numerics.clone(),
         redundancy: options.redundancy,
         stages: options.stages,
         workers: options.workers,

@@ -1,6 +1,8 @@
-//! AdamW (arXiv 1711.05101, algorithm 2), in PyTorch's order of operations.
+//! AdamW (arXiv 1711.05101, algorithm 2), in PyTorch's order of operations, with the rounded copy
+//! of the weights where they are not their own master weights.
 
-use crate::{Cpu, Real};
+use crate::add::narrow_chunk;
+use crate::{Cpu, Element, Real};
 use rayon::prelude::*;
 
 /// Elements that a thread takes at a time.
@@ -57,25 +59,36 @@ impl Update {
     }
 }
 
-/// Updates weights and moments in place from the gradient.
+/// Updates weights and moments in place from the gradient. `master` are the master weights, to
+/// whose new values `weights` are rounded; empty where the weights are the master weights.
 ///
 /// # Panics
 /// Where lengths differ.
-pub fn adamw<R: Real>(
+pub fn adamw<E: Element>(
     cpu: &Cpu,
     update: &Update,
-    gradient: &[R],
-    weights: &mut [R],
-    m: &mut [R],
-    v: &mut [R],
+    gradient: &[E::Sum],
+    weights: &mut [E],
+    master: &mut [E::Sum],
+    m: &mut [E::Sum],
+    v: &mut [E::Sum],
 ) {
     let n = weights.len();
     assert!(gradient.len() == n && m.len() == n && v.len() == n);
-    let (family, factors) = (cpu.family(), update.factors::<R>());
+    assert!(if E::IS_SUM { master.is_empty() } else { master.len() == n });
+    let (family, factors) = (cpu.family(), update.factors::<E::Sum>());
     cpu.install(|| {
         let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
         let chunks = weights.par_chunks_mut(CHUNK).zip(gradient.par_chunks(CHUNK)).zip(moments);
-        chunks.for_each(|((w, g), (m, v))| apply(family, factors, g, w, m, v));
+        if E::IS_SUM {
+            chunks.for_each(|((w, g), (m, v))| apply(family, factors, g, bytemuck::cast_slice_mut(w), m, v));
+        } else {
+            let chunks = chunks.zip(master.par_chunks_mut(CHUNK));
+            chunks.for_each(|(((w, g), (m, v)), master)| {
+                apply(family, factors, g, master, m, v);
+                narrow_chunk(family, w, master);
+            });
+        }
     });
 }
 

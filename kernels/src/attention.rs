@@ -193,29 +193,40 @@ impl Head<'_> {
         let k = inputs.keys(shape, inputs.k, self.sequence, self.kv_head);
         let v = inputs.keys(shape, inputs.v, self.sequence, self.kv_head);
         let packed = packed_len::<E>(d, t, family) + packed_len::<E>(t, d, family);
-        scratch::with2(QUERIES * t, packed + QUERIES * (t + d), |scores: &mut [E::Sum], mut memory: &mut [E]| {
-            let k = packed_in(family, k.t(), &mut memory);
-            let v = packed_in(family, v, &mut memory);
-            let (p, result) = memory.split_at_mut(QUERIES * t);
-            for block in blocks(shape, self.sequence, self.kv_head) {
-                let (n, keys) = (block.rows.len(), block.keys());
-                let (scores, p, result) = (&mut scores[..n * keys], &mut p[..n * keys], &mut result[..n * d]);
-                let q = block.view(shape, inputs.q, inputs.q_stride);
-                product_serial(family, q, &k, ViewMut::rows_of(scores, keys), Into::Set);
-                for (i, row) in block.rows.clone().enumerate() {
-                    let seen = inputs.document_start[row] as usize..block.position + i + 1;
-                    let (scores, p) = (&mut scores[i * keys..][..keys], &mut p[i * keys..][..keys]);
-                    let sum = softmax(family, scores, p, seen, shape.scale());
-                    // SAFETY: the caller's promise.
-                    unsafe { *lse.at(row * shape.heads + block.head) = sum };
+        scratch::with2(
+            QUERIES * t,
+            packed + QUERIES * (t + d),
+            |scores: &mut [E::Sum], mut memory: &mut [E]| {
+                let k = packed_in(family, k.t(), &mut memory);
+                let v = packed_in(family, v, &mut memory);
+                let (p, result) = memory.split_at_mut(QUERIES * t);
+                for block in blocks(shape, self.sequence, self.kv_head) {
+                    let (n, keys) = (block.rows.len(), block.keys());
+                    let (scores, p, result) =
+                        (&mut scores[..n * keys], &mut p[..n * keys], &mut result[..n * d]);
+                    let q = block.view(shape, inputs.q, inputs.q_stride);
+                    product_serial(family, q, &k, ViewMut::rows_of(scores, keys), Into::Set);
+                    for (i, row) in block.rows.clone().enumerate() {
+                        let seen = inputs.document_start[row] as usize..block.position + i + 1;
+                        let (scores, p) = (&mut scores[i * keys..][..keys], &mut p[i * keys..][..keys]);
+                        let sum = softmax(family, scores, p, seen, shape.scale());
+                        // SAFETY: the caller's promise.
+                        unsafe { *lse.at(row * shape.heads + block.head) = sum };
+                    }
+                    product_serial(
+                        family,
+                        View::rows_of(p, keys),
+                        &v,
+                        ViewMut::rows_of(result, d),
+                        Into::Set,
+                    );
+                    for (row, result) in block.rows.clone().zip(result.chunks_exact(d)) {
+                        // SAFETY: the caller's promise.
+                        unsafe { out.part(row * width + block.head * d, d) }.copy_from_slice(result);
+                    }
                 }
-                product_serial(family, View::rows_of(p, keys), &v, ViewMut::rows_of(result, d), Into::Set);
-                for (row, result) in block.rows.clone().zip(result.chunks_exact(d)) {
-                    // SAFETY: the caller's promise.
-                    unsafe { out.part(row * width + block.head * d, d) }.copy_from_slice(result);
-                }
-            }
-        });
+            },
+        );
     }
 
     /// # Safety
@@ -237,56 +248,60 @@ impl Head<'_> {
             + packed_len::<E>(t, d, family)
             + packed_len::<E>(QUERIES, d, family);
         let sums = 2 * t * d + 2 * QUERIES * t;
-        scratch::with2(sums, packed + QUERIES * (2 * t + d), |mut sums: &mut [E::Sum], mut memory: &mut [E]| {
-            let kt = packed_in(family, k.t(), &mut memory);
-            let vt = packed_in(family, v.t(), &mut memory);
-            let k = packed_in(family, k, &mut memory);
-            let [p, ds] = [QUERIES * t; 2].map(|len| scratch::take(&mut memory, len));
-            let dq = scratch::take(&mut memory, QUERIES * d);
-            let [dk, dv] = [t * d; 2].map(|len| scratch::take(&mut sums, len));
-            let [scores, dscores] = [QUERIES * t; 2].map(|len| scratch::take(&mut sums, len));
-            dk.fill(E::Sum::ZERO);
-            dv.fill(E::Sum::ZERO);
-            for block in blocks(shape, self.sequence, self.kv_head) {
-                let (n, keys) = (block.rows.len(), block.keys());
-                let (p, ds, dq) = (&mut p[..n * keys], &mut ds[..n * keys], &mut dq[..n * d]);
-                let (scores, dscores) = (&mut scores[..n * keys], &mut dscores[..n * keys]);
-                let q = block.view(shape, inputs.q, inputs.q_stride);
-                let do_ = block.view(shape, dout, width);
-                product_serial(family, q, &kt, ViewMut::rows_of(scores, keys), Into::Set);
-                product_serial(family, do_, &vt, ViewMut::rows_of(dscores, keys), Into::Set);
-                for (i, row) in block.rows.clone().enumerate() {
-                    let seen = inputs.document_start[row] as usize..block.position + i + 1;
-                    let at = row * width + block.head * d;
-                    let delta = dot(family, &out[at..at + d], &dout[at..at + d]);
-                    let line = i * keys..(i + 1) * keys;
-                    let scores = (&scores[line.clone()], &dscores[line.clone()]);
-                    let to = (&mut p[line.clone()], &mut ds[line]);
-                    let lse = lse[row * shape.heads + block.head];
-                    softmax_gradient(family, scores, to, seen, shape.scale(), lse, delta);
+        scratch::with2(
+            sums,
+            packed + QUERIES * (2 * t + d),
+            |mut sums: &mut [E::Sum], mut memory: &mut [E]| {
+                let kt = packed_in(family, k.t(), &mut memory);
+                let vt = packed_in(family, v.t(), &mut memory);
+                let k = packed_in(family, k, &mut memory);
+                let [p, ds] = [QUERIES * t; 2].map(|len| scratch::take(&mut memory, len));
+                let dq = scratch::take(&mut memory, QUERIES * d);
+                let [dk, dv] = [t * d; 2].map(|len| scratch::take(&mut sums, len));
+                let [scores, dscores] = [QUERIES * t; 2].map(|len| scratch::take(&mut sums, len));
+                dk.fill(E::Sum::ZERO);
+                dv.fill(E::Sum::ZERO);
+                for block in blocks(shape, self.sequence, self.kv_head) {
+                    let (n, keys) = (block.rows.len(), block.keys());
+                    let (p, ds, dq) = (&mut p[..n * keys], &mut ds[..n * keys], &mut dq[..n * d]);
+                    let (scores, dscores) = (&mut scores[..n * keys], &mut dscores[..n * keys]);
+                    let q = block.view(shape, inputs.q, inputs.q_stride);
+                    let do_ = block.view(shape, dout, width);
+                    product_serial(family, q, &kt, ViewMut::rows_of(scores, keys), Into::Set);
+                    product_serial(family, do_, &vt, ViewMut::rows_of(dscores, keys), Into::Set);
+                    for (i, row) in block.rows.clone().enumerate() {
+                        let seen = inputs.document_start[row] as usize..block.position + i + 1;
+                        let at = row * width + block.head * d;
+                        let delta = dot(family, &out[at..at + d], &dout[at..at + d]);
+                        let line = i * keys..(i + 1) * keys;
+                        let scores = (&scores[line.clone()], &dscores[line.clone()]);
+                        let to = (&mut p[line.clone()], &mut ds[line]);
+                        let lse = lse[row * shape.heads + block.head];
+                        softmax_gradient(family, scores, to, seen, shape.scale(), lse, delta);
+                    }
+                    product_serial(family, View::rows_of(ds, keys), &k, ViewMut::rows_of(dq, d), Into::Set);
+                    for (row, dq) in block.rows.clone().zip(dq.chunks_exact(d)) {
+                        // SAFETY: the caller's promise.
+                        unsafe { dqkv.part(row * stride + block.head * d, d) }.copy_from_slice(dq);
+                    }
+                    let mut rest = &mut *memory;
+                    let rows = packed_in(family, do_, &mut rest);
+                    let sum = ViewMut::rows_of(&mut dv[..keys * d], d);
+                    product_serial(family, View::rows_of(p, keys).t(), &rows, sum, Into::Add);
+                    let mut rest = &mut *memory;
+                    let rows = packed_in(family, q, &mut rest);
+                    let sum = ViewMut::rows_of(&mut dk[..keys * d], d);
+                    product_serial(family, View::rows_of(ds, keys).t(), &rows, sum, Into::Add);
                 }
-                product_serial(family, View::rows_of(ds, keys), &k, ViewMut::rows_of(dq, d), Into::Set);
-                for (row, dq) in block.rows.clone().zip(dq.chunks_exact(d)) {
+                for (i, (dk, dv)) in dk.chunks_exact(d).zip(dv.chunks_exact(d)).enumerate() {
+                    let at = (self.sequence * t + i) * stride + width + self.kv_head * d;
                     // SAFETY: the caller's promise.
-                    unsafe { dqkv.part(row * stride + block.head * d, d) }.copy_from_slice(dq);
+                    narrow_chunk(family, unsafe { dqkv.part(at, d) }, dk);
+                    // SAFETY: the caller's promise.
+                    narrow_chunk(family, unsafe { dqkv.part(at + shape.kv_heads * d, d) }, dv);
                 }
-                let mut rest = &mut *memory;
-                let rows = packed_in(family, do_, &mut rest);
-                let sum = ViewMut::rows_of(&mut dv[..keys * d], d);
-                product_serial(family, View::rows_of(p, keys).t(), &rows, sum, Into::Add);
-                let mut rest = &mut *memory;
-                let rows = packed_in(family, q, &mut rest);
-                let sum = ViewMut::rows_of(&mut dk[..keys * d], d);
-                product_serial(family, View::rows_of(ds, keys).t(), &rows, sum, Into::Add);
-            }
-            for (i, (dk, dv)) in dk.chunks_exact(d).zip(dv.chunks_exact(d)).enumerate() {
-                let at = (self.sequence * t + i) * stride + width + self.kv_head * d;
-                // SAFETY: the caller's promise.
-                narrow_chunk(family, unsafe { dqkv.part(at, d) }, dk);
-                // SAFETY: the caller's promise.
-                narrow_chunk(family, unsafe { dqkv.part(at + shape.kv_heads * d, d) }, dv);
-            }
-        });
+            },
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! Checksums of values as they lie in memory, to see whether they change behind our back.
 
-use crate::{Cpu, Real};
+use crate::{Cpu, Element};
 use rayon::prelude::*;
 
 /// Elements that a thread takes at a time; part of the checksum's definition.
@@ -10,8 +10,8 @@ const CHUNK: usize = 1 << 14;
 /// for every number of threads and every instruction family. One bit that is not what it was
 /// changes it for certain.
 #[must_use]
-pub fn checksum<R: Real>(cpu: &Cpu, vectors: &[&[R]]) -> u32 {
-    let chunks: Vec<&[R]> = vectors.iter().flat_map(|x| x.chunks(CHUNK)).collect();
+pub fn checksum<E: Element>(cpu: &Cpu, vectors: &[&[E]]) -> u32 {
+    let chunks: Vec<&[E]> = vectors.iter().flat_map(|x| x.chunks(CHUNK)).collect();
     let sums: Vec<u32> = match chunks.as_slice() {
         [chunk] => vec![crc32c::crc32c(bytemuck::cast_slice(chunk))],
         chunks => {
@@ -19,6 +19,15 @@ pub fn checksum<R: Real>(cpu: &Cpu, vectors: &[&[R]]) -> u32 {
         }
     };
     sums.iter().fold(0, |sum, chunk| crc32c::crc32c_append(sum, &chunk.to_le_bytes()))
+}
+
+/// Flips one bit of some values, as a cosmic ray would; which one is a function of `bit`.
+pub fn flip<E: Element>(values: &mut [E], bit: u64) {
+    let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+    let count = bytes.len().max(1) as u64;
+    if let Some(byte) = bytes.get_mut((bit / 8 % count) as usize) {
+        *byte ^= 1 << (bit % 8);
+    }
 }
 
 #[cfg(test)]

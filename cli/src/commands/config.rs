@@ -6,8 +6,7 @@
 use crate::config::{self, Kernels, Override, Settings};
 use crate::estimate::{Memory, bytes, grouped, parameters_by_unit, si};
 use crate::{Outcome, run_dir::RunDir};
-use caravan_kernels::Family;
-use caravan_types::{SliceTable, Step};
+use caravan_types::{ModelShape, SliceTable, Step};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use toml::Value;
@@ -46,20 +45,13 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "seed", s.seed as i64, "")?;
     line(out, "precision", s.precision.to_string(), "")?;
     match &s.kernels {
-        Kernels::Auto => line(out, "kernels", "auto", &format!("{} on this machine", Family::best()))?,
+        Kernels::Auto => {
+            let fastest = caravan_engine::fastest(s.precision);
+            line(out, "kernels", "auto", &format!("{fastest} on this machine"))?;
+        }
         Kernels::Named(name) => line(out, "kernels", name.as_str(), "")?,
     }
-    let m = &s.model;
-    writeln!(out, "\n[model]")?;
-    line(out, "dim", i64::from(m.dim), "")?;
-    line(out, "layers", i64::from(m.layers), "")?;
-    line(out, "heads", i64::from(m.heads), &format!("of {} dimensions", m.head_dim()))?;
-    line(out, "kv_heads", i64::from(m.kv_heads), "")?;
-    line(out, "hidden", i64::from(m.hidden), "")?;
-    line(out, "vocab", i64::from(m.vocab), "")?;
-    line(out, "context", i64::from(m.context), "")?;
-    line(out, "norm_eps", short(m.norm_eps), "")?;
-    line(out, "rope_theta", short(m.rope_theta), "")?;
+    print_model(&s.model, out)?;
 
     writeln!(out, "\n[data]")?;
     line(out, "paths", texts(s.data.paths.iter().map(|p| p.display().to_string())), "")?;
@@ -116,6 +108,19 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "prompt", s.prompt.as_str(), "")
 }
 
+fn print_model(m: &ModelShape, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "\n[model]")?;
+    line(out, "dim", i64::from(m.dim), "")?;
+    line(out, "layers", i64::from(m.layers), "")?;
+    line(out, "heads", i64::from(m.heads), &format!("of {} dimensions", m.head_dim()))?;
+    line(out, "kv_heads", i64::from(m.kv_heads), "")?;
+    line(out, "hidden", i64::from(m.hidden), "")?;
+    line(out, "vocab", i64::from(m.vocab), "")?;
+    line(out, "context", i64::from(m.context), "")?;
+    line(out, "norm_eps", short(m.norm_eps), "")?;
+    line(out, "rope_theta", short(m.rope_theta), "")
+}
+
 fn texts(items: impl Iterator<Item = String>) -> Value {
     Value::Array(items.map(Value::String).collect())
 }
@@ -164,7 +169,7 @@ fn print_derived(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     let slices = SliceTable::new(m);
     let largest = slices.iter().map(|(_, s)| s.len()).max().unwrap_or(0);
     row("slices", format!("{} of at most {} parameters", slices.len(), grouped(largest as u64)))?;
-    let memory = Memory::estimate(m, b, c.workers, c.redundancy);
+    let memory = Memory::estimate(m, b, s.precision, c.workers, c.redundancy);
     row("memory of a worker", format!("about {}", bytes(memory.total())))?;
     row("", format!("weights {}, gradients {}", bytes(memory.weights), bytes(memory.gradients)))?;
     row("", format!("moments {}, activations {}", bytes(memory.moments), bytes(memory.activations)))?;
@@ -188,7 +193,7 @@ fn redundancies(s: &Settings) -> Vec<String> {
     let workers = s.cluster.workers;
     let mut counts: Vec<u32> = [1, 2, 3, workers].into_iter().filter(|r| *r <= workers).collect();
     let text = |r: u32| {
-        let memory = Memory::estimate(&s.model, &s.batch, workers, r).total();
+        let memory = Memory::estimate(&s.model, &s.batch, s.precision, workers, r).total();
         let survives = match r {
             1 => "one death goes back to the last checkpoint".to_owned(),
             2 => "any worker may die".to_owned(),

@@ -34,7 +34,11 @@ const LARGE_MODEL: u64 = 20_000_000_000;
 pub fn read(r: &mut Reader, file: &Path) -> Option<Settings> {
     let name = name(r, file);
     let seed = r.integer("seed", 0..=i64::MAX as u64);
-    let precision = r.choice("precision", "\"fp32\"", |p| (p == "fp32").then_some(Precision::Fp32));
+    let precision = r.choice("precision", "\"fp32\", \"mixed\"", |name| match name {
+        "fp32" => Some(Precision::Fp32),
+        "mixed" => Some(Precision::Mixed),
+        _ => None,
+    });
     let kernels = kernels(r);
     let length = r.integer32("batch.sequence_length", 1..=MOST_TOKENS);
     let model = model(r, length);

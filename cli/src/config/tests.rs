@@ -158,7 +158,7 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         ("data.paths=[]", "needs folders, files or \"cargo:LOCKFILE\""),
         ("data.paths=[1]", "must be a list of texts"),
         ("data.include=[]", "needs extensions"),
-        ("precision=bf16", "must be one of \"fp32\""),
+        ("precision=bf16", "must be one of \"fp32\", \"mixed\""),
         ("kernels=cuda", "what this machine has: "),
         ("name=../x", "a folder is named after it"),
         ("name=7", "must be a text in quotes"),

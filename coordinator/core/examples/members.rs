@@ -13,8 +13,8 @@ use caravan_types::progress::{Doing, EngineProgress, Stragglers, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::timing::millis;
 use caravan_types::{
-    BatchShape, Digest, Generation, ModelShape, Plan, SliceId, SliceSet, SliceSum, SliceTable, Step, Timing,
-    WorkerId,
+    BatchShape, Digest, Generation, ModelShape, NumericsClass, Plan, Precision, SliceId, SliceSet, SliceSum,
+    SliceTable, Step, Timing, WorkerId,
 };
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
@@ -49,7 +49,7 @@ impl Bench {
             batch: BatchShape { lanes, micro_batches: 8, sequences: 1, sequence_length: shape.context },
             shape,
             steps: u64::MAX,
-            family: "portable".into(),
+            numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
             redundancy: 2,
             stages: None,
             workers: members as u32,

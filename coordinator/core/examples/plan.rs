@@ -6,7 +6,7 @@
 
 use caravan_coordinator_core::{Candidate, Demand, LINK_BYTES_PER_S, NoPlan, Start, plan};
 use caravan_types::{
-    BatchShape, Generation, Member, ModelShape, Plan, SliceSet, SliceTable, Source, Step, WorkerId,
+    BatchShape, Generation, Member, ModelShape, Plan, Precision, SliceSet, SliceTable, Source, Step, WorkerId,
 };
 use std::time::Instant;
 
@@ -61,7 +61,8 @@ fn measure(preset: &str, workers: u64, lanes: u32, mixed: bool) -> Result<(), No
     let table = SliceTable::new(&shape);
     let batch = BatchShape { lanes, micro_batches: 8, sequences: 1, sequence_length: shape.context };
     let link_bytes_per_s = 25.0 * LINK_BYTES_PER_S;
-    let demand = Demand { shape, batch, redundancy: 2, stages: None, link_bytes_per_s };
+    let demand =
+        Demand { shape, batch, precision: Precision::Fp32, redundancy: 2, stages: None, link_bytes_per_s };
     let mut candidates: Vec<Candidate> = (0..workers).map(|id| worker(id, mixed)).collect();
     let start = Start { base: Step(0), norm: None, origin: Source::Init };
     let clock = Instant::now();

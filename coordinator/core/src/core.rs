@@ -78,6 +78,7 @@ impl Core {
         let demand = Demand {
             shape: config.shape.clone(),
             batch: config.batch,
+            precision: config.numerics.precision,
             redundancy: config.redundancy,
             stages: config.stages,
             link_bytes_per_s: planner::LINK_BYTES_PER_S,
@@ -218,8 +219,11 @@ impl Core {
     fn hello(&mut self, now: Millis, session: Session, hello: Hello, out: &mut Vec<Output>) {
         let refusal = if hello.protocol != PROTOCOL_VERSION {
             Some(Refusal::Protocol { ours: PROTOCOL_VERSION, theirs: hello.protocol })
-        } else if !hello.families.contains(&self.config.family) {
-            Some(Refusal::Numerics { needed: self.config.family.clone(), offered: hello.families.clone() })
+        } else if !hello.families.contains(&self.config.numerics.family) {
+            Some(Refusal::Numerics {
+                needed: self.config.numerics.family.clone(),
+                offered: hello.families.clone(),
+            })
         } else if let Some(worker) = hello.resume {
             let awaited = self.awaited.contains(&worker);
             (!awaited).then_some(Refusal::Fenced { worker, generation: self.generation })

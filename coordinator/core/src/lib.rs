@@ -48,7 +48,7 @@ use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, To
 use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
-use caravan_types::{BatchShape, Generation, ModelShape, Plan, Step, Timing, WorkerId};
+use caravan_types::{BatchShape, Generation, ModelShape, NumericsClass, Plan, Step, Timing, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -68,8 +68,8 @@ pub struct Config {
     pub batch: BatchShape,
     /// Steps of the run.
     pub steps: u64,
-    /// Instruction family of the run's numerics class.
-    pub family: String,
+    /// The run's numerics class.
+    pub numerics: NumericsClass,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
     /// Stages of every pipeline; as many as are best where none.

@@ -3,7 +3,8 @@
 
 use caravan_coordinator_core::{Candidate, Demand, LINK_BYTES_PER_S, Start, plan};
 use caravan_types::{
-    BatchShape, Generation, Member, ModelShape, Part, Plan, SliceSet, SliceTable, Source, Step, WorkerId,
+    BatchShape, Generation, Member, ModelShape, Part, Plan, Precision, SliceSet, SliceTable, Source, Step,
+    WorkerId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -17,7 +18,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 fn demand() -> Demand {
     let shape = ModelShape::preset("7b").unwrap();
     let batch = BatchShape { lanes: 512, micro_batches: 8, sequences: 1, sequence_length: 4096 };
-    Demand { shape, batch, redundancy: 2, stages: None, link_bytes_per_s: 25.0 * LINK_BYTES_PER_S }
+    Demand {
+        shape,
+        batch,
+        precision: Precision::Fp32,
+        redundancy: 2,
+        stages: None,
+        link_bytes_per_s: 25.0 * LINK_BYTES_PER_S,
+    }
 }
 
 fn workers(mixed: bool) -> Vec<Candidate> {

@@ -10,8 +10,8 @@ use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VE
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Stragglers, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::{
-    BatchShape, Checksum, Digest, Dispute, Generation, Member, MicroId, ModelShape, Opinion, Plan, SliceId,
-    SliceSet, SliceSum, Source, Step, Subject, Timing, WorkerId,
+    BatchShape, Checksum, Digest, Dispute, Generation, Member, MicroId, ModelShape, NumericsClass, Opinion,
+    Plan, Precision, SliceId, SliceSet, SliceSum, Source, Step, Subject, Timing, WorkerId,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -160,7 +160,7 @@ impl Stage {
             },
             stages: Some(words.number("stages", 1) as u32).filter(|stages| *stages > 0),
             steps: words.number("steps", 10),
-            family: "avx512".into(),
+            numerics: NumericsClass { precision: Precision::Fp32, family: "avx512".into() },
             redundancy: words.number("redundancy", 2) as u32,
             workers: words.number("workers", 2) as u32,
             timing: Timing::from_millis(1000),

@@ -17,7 +17,7 @@ fn config() -> Config {
         batch: spec.batch,
         stages: None,
         steps: spec.recipe.steps,
-        family: spec.numerics.family,
+        numerics: spec.numerics,
         redundancy: 2,
         workers: 2,
         timing: Timing::from_millis(1000),

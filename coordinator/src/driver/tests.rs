@@ -61,7 +61,7 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
         shape: spec.model.clone(),
         batch: spec.batch,
         steps: spec.recipe.steps,
-        family: spec.numerics.family.clone(),
+        numerics: spec.numerics.clone(),
         redundancy: 2,
         stages: Some(1),
         workers,

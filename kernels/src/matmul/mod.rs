@@ -17,8 +17,8 @@ mod pack;
 mod pairs;
 mod tiles;
 
-pub use pack::{Packed, pack, packed_len};
 pub(crate) use pack::packed_in;
+pub use pack::{Packed, pack, packed_len};
 pub use tiles::Tiles;
 
 use crate::target::Target;
@@ -283,11 +283,15 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
         if O::IS_SUM {
             let add = ks.start > 0 || self.into == Into::Add;
             // SAFETY: the caller's promise; C's elements are sums.
-            return unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, at.cast(), self.stride, add) };
+            return unsafe {
+                self.blocks(tiles, left, (row, rows), (j, cols), ks, at.cast(), self.stride, add)
+            };
         }
         let mut sums = [E::Sum::ZERO; TILE];
         // SAFETY: the caller's promise; `sums` has room for the largest tile.
-        unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums.as_mut_ptr(), tiles.width, false) };
+        unsafe {
+            self.blocks(tiles, left, (row, rows), (j, cols), ks, sums.as_mut_ptr(), tiles.width, false)
+        };
         for (i, sums) in sums.chunks_exact(tiles.width).take(rows).enumerate() {
             // SAFETY: within the part of C that is ours.
             let to = unsafe { std::slice::from_raw_parts_mut(at.wrapping_add(i * self.stride), cols) };
@@ -315,7 +319,13 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
             let depth = tiles.depth.min(ks.end - k);
             let p = pack::panel(self.b, tiles, k, j);
             let (a, a_row, a_step) = match left {
-                Some(left) => pack::left_at(tiles, left, (row - self.rows.start, self.rows.len()), k - ks.start, ks.len()),
+                Some(left) => pack::left_at(
+                    tiles,
+                    left,
+                    (row - self.rows.start, self.rows.len()),
+                    k - ks.start,
+                    ks.len(),
+                ),
                 None => (&self.a.data[row * self.a.row_stride + k..], self.a.row_stride, tiles.group),
             };
             let b = &self.b.data[p.start..p.start + p.len()];

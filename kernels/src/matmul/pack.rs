@@ -221,7 +221,12 @@ fn pack_some<E: Element, const GROUP: usize, const ROWS: usize>(
 
 /// Any number of rows.
 #[inline(always)]
-fn pack_few<E: Element, const GROUP: usize>(a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, out: &mut [E]) {
+fn pack_few<E: Element, const GROUP: usize>(
+    a: View<'_, E>,
+    rows: Range<usize>,
+    ks: Range<usize>,
+    out: &mut [E],
+) {
     let (out, _) = out.as_chunks_mut::<GROUP>();
     for (k, out) in ks.clone().step_by(GROUP).zip(out.chunks_exact_mut(rows.len())) {
         for (row, out) in rows.clone().zip(out) {

@@ -53,18 +53,26 @@ unsafe fn tile<V: Sums, const M: usize, const N: usize>(call: &Call<Bf16>) {
             a = a.wrapping_add(call.a_step);
             b = b.wrapping_add(call.b_step);
         }
+        // Loops over sums have bodies so small that they are unrolled: else the sums would lie in
+        // memory, also in the loop above.
+        if call.cols == N * V::LANES {
+            for (m, sums) in sums.iter().enumerate() {
+                for (n, sum) in sums.iter().enumerate() {
+                    sum.put(call.c.add(m * call.c_stride + n * V::LANES), call.add);
+                }
+            }
+            return;
+        }
+        let mut whole = [0.0f32; HEIGHT * WIDTH];
         for (m, sums) in sums.iter().enumerate() {
             for (n, sum) in sums.iter().enumerate() {
-                let to = call.c.add(m * call.c_stride + n * V::LANES);
-                let left = call.cols - n * V::LANES;
-                if left >= V::LANES {
-                    sum.put(to, call.add);
-                    continue;
-                }
-                let mut part = [0.0f32; 16];
-                std::ptr::copy_nonoverlapping(to, part.as_mut_ptr(), left);
-                sum.put(part.as_mut_ptr(), call.add);
-                std::ptr::copy_nonoverlapping(part.as_ptr(), to, left);
+                sum.put(whole.as_mut_ptr().add(m * WIDTH + n * V::LANES), false);
+            }
+        }
+        for (m, row) in whole.chunks_exact(WIDTH).take(M).enumerate() {
+            let to = std::slice::from_raw_parts_mut(call.c.add(m * call.c_stride), call.cols);
+            for (to, sum) in to.iter_mut().zip(row) {
+                *to = if call.add { *to + *sum } else { *sum };
             }
         }
     }
@@ -117,6 +125,8 @@ macro_rules! rows {
 
 /// Rows of the largest tile.
 pub(super) const HEIGHT: usize = 6;
+/// Columns of the widest tile.
+const WIDTH: usize = 64;
 /// Vectors of the widest tile: 24 sums, four vectors of columns and one of A fill 29 of 32
 /// registers, and hide six times the latency of one sum.
 const VECTORS: usize = 4;
@@ -156,8 +166,11 @@ impl Sums for Native {
     }
     #[inline(always)]
     unsafe fn dot(self, a: __m512i, b: __m512i) -> Self {
-        // SAFETY: as in `zero`; both types are 512 bits.
-        Self(unsafe { _mm512_dpbf16_ps(self.0, std::mem::transmute(a), std::mem::transmute(b)) })
+        // SAFETY: as in `zero`; both types are 512 bits of any value.
+        Self(unsafe {
+            let [a, b] = [a, b].map(|pairs| std::mem::transmute::<__m512i, __m512bh>(pairs));
+            _mm512_dpbf16_ps(self.0, a, b)
+        })
     }
     #[inline(always)]
     unsafe fn put(self, to: *mut f32, add: bool) {

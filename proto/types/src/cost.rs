@@ -3,7 +3,7 @@
 //! Counted here once, for the plan that deals out the work and for the estimate that people
 //! are shown before they start.
 
-use crate::{BatchShape, ModelShape, UnitId};
+use crate::{BatchShape, ModelShape, Precision, UnitId};
 use std::ops::Range;
 
 /// Bytes of an fp32 number.
@@ -31,14 +31,15 @@ pub struct Activations {
 impl Activations {
     /// The activations of one micro-batch.
     #[must_use]
-    pub fn new(model: &ModelShape, batch: &BatchShape) -> Self {
+    pub fn new(model: &ModelShape, batch: &BatchShape, precision: Precision) -> Self {
+        let each = precision.bytes();
         let tokens = u64::from(batch.sequences) * u64::from(batch.sequence_length);
         let [d, h, v, heads] = [model.dim, model.hidden, model.vocab, model.heads].map(u64::from);
         let qkv = d + 2 * u64::from(model.kv_heads) * u64::from(model.head_dim());
         Self {
-            layer: FP32 * tokens * (3 * d + qkv + heads + 2 * h),
-            shared: FP32 * tokens * (4 * d + qkv + 3 * h),
-            head: FP32 * ((tokens * v).min(LOGITS.max(v)) + 2 * d * v),
+            layer: FP32 * tokens * (2 * d + heads) + each * tokens * (d + qkv + 2 * h),
+            shared: FP32 * tokens * 3 * d + each * tokens * (3 * d + qkv + 3 * h),
+            head: (FP32 + each) * (tokens * v).min(LOGITS.max(v)) + each * 2 * d * v,
         }
     }
 }

@@ -45,12 +45,27 @@ pub struct DataSpec {
 pub enum Precision {
     /// Everything in 32-bit floating point: the reference.
     Fp32,
+    /// Weights, activations and the factors of matrix products in bf16; products are added up, and
+    /// the residual stream, gradients, master weights and moments are, in fp32.
+    Mixed,
+}
+
+impl Precision {
+    /// Bytes of a weight or an activation.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        match self {
+            Self::Fp32 => 4,
+            Self::Mixed => 2,
+        }
+    }
 }
 
 impl fmt::Display for Precision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Fp32 => f.write_str("fp32"),
+            Self::Mixed => f.write_str("mixed"),
         }
     }
 }

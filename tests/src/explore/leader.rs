@@ -7,7 +7,7 @@ use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Se
 use caravan_types::message::{Committed, Farewell, ToWorker};
 use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
-use caravan_types::{Generation, Plan, Source, Step, WorkerId};
+use caravan_types::{Generation, NumericsClass, Plan, Precision, Source, Step, WorkerId};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -163,7 +163,7 @@ impl Leader {
             shape: setting.shape.clone(),
             batch: setting.batch,
             steps: setting.steps,
-            family: super::FAMILY.into(),
+            numerics: NumericsClass { precision: Precision::Fp32, family: super::FAMILY.into() },
             redundancy: setting.options.redundancy,
             stages: Some(setting.options.stages),
             workers: WORKERS as u32,

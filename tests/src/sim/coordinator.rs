@@ -60,7 +60,7 @@ impl World<'_> {
             batch: self.spec.batch,
             stages: self.options.stages,
             steps: self.options.steps,
-            family: self.spec.numerics.family.clone(),
+            numerics: self.spec.numerics.clone(),
             redundancy: self.options.redundancy,
             workers: self.options.workers,
             timing: Timing::from_millis(DETECT_MS),

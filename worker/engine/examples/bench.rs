@@ -1,11 +1,11 @@
 //! Tokens per second of whole training steps: compute, reduce, apply, on one device.
 //!
-//! usage: bench PRESET [--batch SEQUENCES] [--threads N] [--steps N] [--family NAME]
+//! usage: bench PRESET [--precision fp32|mixed] [--batch SEQUENCES] [--length TOKENS] [--threads N]
+//!              [--steps N] [--family NAME]
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use caravan_engine::{Batches, Checkpoints, Executor, Watch};
-use caravan_kernels::Family;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
     BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass, Part,
@@ -60,14 +60,28 @@ fn option(name: &str) -> Option<String> {
     args.nth(1)
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn preset() -> Result<(String, ModelShape), String> {
     let preset = std::env::args().nth(1).unwrap_or_else(|| "15m".into());
     let model = ModelShape::preset(&preset).ok_or_else(|| format!("no preset {preset:?}"))?;
+    Ok((preset, model))
+}
+
+fn precision() -> Result<Precision, String> {
+    match option("--precision").as_deref() {
+        None | Some("fp32") => Ok(Precision::Fp32),
+        Some("mixed") => Ok(Precision::Mixed),
+        Some(other) => Err(format!("no precision {other:?}")),
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let (preset, model) = preset()?;
     let number = |name: &str, default: usize| option(name).map_or(Ok(default), |v| v.parse());
     let (sequences, threads) = (number("--batch", 16)?, number("--threads", 2)?);
     let steps = number("--steps", 6)? as u64;
     let length = number("--length", model.context as usize)?;
-    let family = option("--family").unwrap_or_else(|| Family::best().name().into());
+    let precision = precision()?;
+    let family = option("--family").unwrap_or_else(|| caravan_engine::fastest(precision).name().into());
     let spec = RunSpec {
         version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "bench".into(),
@@ -80,7 +94,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         },
         recipe: Recipe { learning_rate: 5e-4, warmup_steps: 0, ..Recipe::default() },
         seed: 0,
-        numerics: NumericsClass { precision: Precision::Fp32, family: family.clone() },
+        numerics: NumericsClass { precision, family: family.clone() },
         model: model.clone(),
     };
     let source = Random { sequences, length, vocab: model.vocab };
@@ -119,7 +133,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (median, tokens) = (times[times.len() / 2], (sequences * length) as f64);
     let flops = model.train_flops_per_token(length as u32) * tokens;
     println!(
-        "caravan {preset} fp32/{family} threads={threads} batch={sequences}x{length} params={:.1}M loss={loss:.4} \
+        "caravan {preset} {precision}/{family} threads={threads} batch={sequences}x{length} params={:.1}M loss={loss:.4} \
          step={:.0}ms tok/s={:.0} GFLOP/s={:.0} (compute {:.0} reduce {:.0} apply {:.0} ms; init {:.0} ms)",
         model.parameters() as f64 / 1e6,
         median * 1e3,

@@ -7,16 +7,16 @@
 
 use crate::gradients::Gradients;
 use crate::model::Flight;
-use crate::state::State;
+use crate::state::{State, Weight};
 use crate::{EngineError, Model, Watch};
 use caravan_kernels::adamw::Update;
-use caravan_kernels::{Cpu, Family, squared_norm};
+use caravan_kernels::{Bf16, Cpu, Family, squared_norm};
 use caravan_types::peer::{Key, LaneResult};
 use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Recipe, RunSpec, SliceId, SliceSet,
-    SliceSum, Step,
+    BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Precision, Recipe, RunSpec, SliceId,
+    SliceSet, SliceSum, Step,
 };
 use std::collections::BTreeMap;
 use std::fmt;
@@ -98,19 +98,98 @@ impl Flaw {
     }
 }
 
-/// Model, training state and gradients of one worker.
-pub struct Executor<B, C> {
+/// Model, training state and gradients of one worker, in the run's precision.
+pub struct Executor<B, C>(Precise<B, C>);
+
+/// An executor of each precision.
+enum Precise<B, C> {
+    Fp32(Typed<f32, B, C>),
+    Mixed(Typed<Bf16, B, C>),
+}
+
+/// Calls the executor of the run's precision.
+macro_rules! precise {
+    ($executor:expr, $typed:ident => $call:expr) => {
+        match $executor {
+            Precise::Fp32($typed) => $call,
+            Precise::Mixed($typed) => $call,
+        }
+    };
+}
+
+impl<B: Batches, C: Checkpoints> Executor<B, C> {
+    /// An executor that holds nothing yet.
+    ///
+    /// # Errors
+    /// Where this machine cannot compute the run: another instruction family, a shape that
+    /// contradicts itself, no threads.
+    pub fn new(
+        spec: &RunSpec,
+        threads: usize,
+        watch: Arc<Watch>,
+        batches: B,
+        checkpoints: C,
+    ) -> Result<Self, EngineError> {
+        Ok(Self(match spec.numerics.precision {
+            Precision::Fp32 => Precise::Fp32(Typed::new(spec, threads, watch, batches, checkpoints)?),
+            Precision::Mixed => Precise::Mixed(Typed::new(spec, threads, watch, batches, checkpoints)?),
+        }))
+    }
+
+    /// Executes a task. None where there is nothing to say: the task was given up because of
+    /// the fence, the answer comes from elsewhere, or it is of a kind that has no answer.
+    ///
+    /// # Errors
+    /// Where something that the task needs is not here, or data is damaged.
+    pub fn run(&mut self, task: Task) -> Result<Option<Done>, EngineError> {
+        precise!(&mut self.0, typed => typed.run(task))
+    }
+
+    /// Stores a received payload until a task uses it.
+    ///
+    /// # Errors
+    /// Where the model has no such slice, the lanes no such node, or the length is wrong.
+    pub fn put(&mut self, key: Key, payload: Vec<f32>) -> Result<(), EngineError> {
+        precise!(&mut self.0, typed => typed.put(key, payload))
+    }
+
+    /// A payload to send: a sum of lane gradients computed here, weights, training state, or
+    /// what goes to another stage, which is then gone from here.
+    ///
+    /// # Errors
+    /// Where it is not here.
+    pub fn get(&mut self, key: Key) -> Result<Vec<f32>, EngineError> {
+        precise!(&mut self.0, typed => typed.get(key))
+    }
+
+    /// Has this machine's memory or one of its cores fail, once. False where there is nothing
+    /// for it to fail on yet.
+    pub fn fail(&mut self, flaw: Flaw) -> bool {
+        precise!(&mut self.0, typed => typed.fail(flaw))
+    }
+
+    /// All weights that are computed with, as one flat vector, where all are at `step`.
+    ///
+    /// # Errors
+    /// Where they are not.
+    pub fn weights(&self, step: Step) -> Result<Vec<f32>, EngineError> {
+        precise!(&self.0, typed => typed.weights(step))
+    }
+}
+
+/// An executor whose weights are stored as `E`.
+struct Typed<E: Weight, B, C> {
     cpu: Cpu,
     batch: BatchShape,
     recipe: Recipe,
     watch: Arc<Watch>,
     batches: B,
     checkpoints: C,
-    model: Model<f32>,
-    state: State,
+    model: Model<E>,
+    state: State<E>,
     gradients: Gradients,
     /// Micro-batches on their way.
-    flights: BTreeMap<MicroId, Flight<f32>>,
+    flights: BTreeMap<MicroId, Flight<E>>,
     /// What came of the lane that goes back, so far.
     result: LaneResult,
     /// One divided by the counted tokens of the global batch.
@@ -121,13 +200,8 @@ pub struct Executor<B, C> {
     flaw: Option<Flaw>,
 }
 
-impl<B: Batches, C: Checkpoints> Executor<B, C> {
-    /// An executor that holds nothing yet.
-    ///
-    /// # Errors
-    /// Where this machine cannot compute the run: another instruction family, a shape that
-    /// contradicts itself, no threads.
-    pub fn new(
+impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
+    fn new(
         spec: &RunSpec,
         threads: usize,
         watch: Arc<Watch>,
@@ -162,12 +236,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         })
     }
 
-    /// Executes a task. None where there is nothing to say: the task was given up because of
-    /// the fence, the answer comes from elsewhere, or it is of a kind that has no answer.
-    ///
-    /// # Errors
-    /// Where something that the task needs is not here, or data is damaged.
-    pub fn run(&mut self, task: Task) -> Result<Option<Done>, EngineError> {
+    fn run(&mut self, task: Task) -> Result<Option<Done>, EngineError> {
         match task {
             Task::Place { units } => self.place(units)?,
             Task::Forward { generation, step, micro } => self.forward(generation, step, micro)?,
@@ -176,7 +245,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             Task::Verify { generation, step, slices } => {
                 let ids: Vec<SliceId> = slices.iter().collect();
                 let (cpu, state) = (&self.cpu, &self.state);
-                let sums = cpu.map(&ids, |id| Ok((*id, state.verify(cpu, *id, step)?)));
+                let sums = cpu.map(&ids, |id| Ok((*id, state.look(cpu, *id, step)?)));
                 let sums = sums.into_iter().collect::<Result<_, EngineError>>()?;
                 return Ok(Some(Done::Verified { generation, step, sums }));
             }
@@ -210,11 +279,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         Ok(None)
     }
 
-    /// Stores a received payload until a task uses it.
-    ///
-    /// # Errors
-    /// Where the model has no such slice, the lanes no such node, or the length is wrong.
-    pub fn put(&mut self, key: Key, payload: Vec<f32>) -> Result<(), EngineError> {
+    fn put(&mut self, key: Key, payload: Vec<f32>) -> Result<(), EngineError> {
         let expected = self.payload_len(key)?;
         if payload.len() != expected {
             return Err(EngineError::Length { key, expected, got: payload.len() });
@@ -239,17 +304,12 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         }
     }
 
-    /// A payload to send: a sum of lane gradients computed here, weights, training state, or
-    /// what goes to another stage, which is then gone from here.
-    ///
-    /// # Errors
-    /// Where it is not here.
-    pub fn get(&mut self, key: Key) -> Result<Vec<f32>, EngineError> {
+    fn get(&mut self, key: Key) -> Result<Vec<f32>, EngineError> {
         match key {
             Key::Partial { step, slice, node } => {
                 Ok(self.gradients.own(step, slice, self.state.slice(slice)?, node)?.to_vec())
             }
-            Key::Weights { step, slice } => Ok(self.state.sound_weights(&self.cpu, slice, step)?.to_vec()),
+            Key::Weights { step, slice } => Ok(widened(self.state.sound_weights(&self.cpu, slice, step)?)),
             Key::State { step, slice } => self.sound_state(slice, step),
             Key::Activation { .. } | Key::ActivationGradient { .. } => self.take(key),
         }
@@ -262,9 +322,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         Ok(state)
     }
 
-    /// Has this machine's memory or one of its cores fail, once. False where there is nothing
-    /// for it to fail on yet.
-    pub fn fail(&mut self, flaw: Flaw) -> bool {
+    fn fail(&mut self, flaw: Flaw) -> bool {
         match flaw {
             Flaw::Memory(bit) => return self.state.flip(bit),
             Flaw::Sum(_) | Flaw::Update(_) => self.flaw = Some(flaw),
@@ -276,13 +334,10 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         self.stored.remove(&key).ok_or(EngineError::Missing(key))
     }
 
-    /// All weights as one flat vector, where all are at `step`.
-    ///
-    /// # Errors
-    /// Where they are not.
-    pub fn weights(&self, step: Step) -> Result<Vec<f32>, EngineError> {
+    fn weights(&self, step: Step) -> Result<Vec<f32>, EngineError> {
         let slices = self.state.table().iter();
-        Ok(slices.map(|(id, _)| self.state.slice_weights(id, step)).collect::<Result<Vec<_>, _>>()?.concat())
+        let weights = slices.map(|(id, _)| self.state.slice_weights(id, step));
+        Ok(widened(&weights.collect::<Result<Vec<_>, _>>()?.concat()))
     }
 
     fn place(&mut self, units: Range<u32>) -> Result<(), EngineError> {
@@ -479,5 +534,19 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             Some(id) => Err(bad(format!("slice {id} is not in it"))),
             None => Ok(()),
         }
+    }
+}
+
+/// Exactly these values.
+fn widened<E: Weight>(values: &[E]) -> Vec<f32> {
+    values.iter().map(|x| x.widen()).collect()
+}
+
+/// The fastest instruction family of this machine in that precision.
+#[must_use]
+pub fn fastest(precision: Precision) -> Family {
+    match precision {
+        Precision::Fp32 => Family::best(),
+        Precision::Mixed => Family::best_for_bf16(),
     }
 }

@@ -5,8 +5,7 @@
 //! stages are kept and used again: a step in steady state takes none.
 
 use crate::EngineError;
-use crate::state::flip;
-use caravan_kernels::checksum::checksum;
+use caravan_kernels::checksum::{checksum, flip};
 use caravan_kernels::{Cpu, add};
 use caravan_types::peer::Key;
 use caravan_types::{Checksum, Lane, MicroId, Node, Slice, SliceId, SliceSet, Step, Subject};

@@ -22,7 +22,7 @@ mod state;
 mod watch;
 
 pub use error::EngineError;
-pub use executor::{Batches, Checkpoints, Executor, Flaw};
+pub use executor::{Batches, Checkpoints, Executor, Flaw, fastest};
 pub use generate::{Generator, Sampling};
 pub use model::Model;
 pub use watch::Watch;

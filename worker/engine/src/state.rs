@@ -5,25 +5,34 @@
 //! those of the old one stay until they are given up, since others may have to be healed with
 //! them.
 //!
-//! In fp32 the master weights are the weights, so they exist once. That has one consequence:
-//! weights of another step that are installed over a slice end its training state here.
+//! Where weights are f32 they are the master weights, so they exist once; others are the master
+//! weights, rounded. Weights of another step that are installed over a slice end its training
+//! state here.
 //!
 //! Whatever is put here is summed up once it lies in memory, and looked at again before it is
 //! used for good: what has changed in between, memory has changed.
 
 use crate::{EngineError, init};
-use caravan_kernels::Cpu;
 use caravan_kernels::adamw::{Update, adamw};
-use caravan_kernels::checksum::checksum;
+use caravan_kernels::checksum::{checksum, flip};
+use caravan_kernels::{Bf16, Cpu, Element, add};
 use caravan_types::{
     Checksum, ModelShape, Part, Slice, SliceId, SliceSum, SliceTable, Step, Subject, UnitId,
 };
 use std::ops::Range;
 
-/// First and second moments of a slice.
+/// What weights are stored as: f32, or bf16 with f32 master weights.
+pub trait Weight: Element<Sum = f32> {}
+
+impl Weight for f32 {}
+impl Weight for Bf16 {}
+
+/// Master weights, and first and second moments of a slice.
 #[derive(Debug)]
 struct Moments {
     step: Step,
+    /// Empty where the weights are the master weights.
+    master: Vec<f32>,
     m: Vec<f32>,
     v: Vec<f32>,
 }
@@ -42,20 +51,20 @@ struct Held {
 
 /// All weights, and the training state of some slices.
 #[derive(Debug)]
-pub(crate) struct State {
+pub(crate) struct State<E> {
     shape: ModelShape,
     seed: u64,
     table: SliceTable,
     /// Elements of each unit that is here; else empty.
-    units: Vec<Vec<f32>>,
+    units: Vec<Vec<E>>,
     /// Slices of each unit.
     by_unit: Vec<Range<usize>>,
     /// Weights of each slice that is here while its unit is not; else empty.
-    loose: Vec<Vec<f32>>,
+    loose: Vec<Vec<E>>,
     held: Vec<Held>,
 }
 
-impl State {
+impl<E: Weight> State<E> {
     pub(crate) fn new(shape: &ModelShape, seed: u64) -> Self {
         let table = SliceTable::new(shape);
         let parameters = shape.all_parameters();
@@ -93,7 +102,7 @@ impl State {
                 continue;
             }
             let range = self.shape.unit_range(UnitId(unit as u32));
-            let mut elements = vec![0.0; (range.end - range.start) as usize];
+            let mut elements = vec![E::default(); (range.end - range.start) as usize];
             for id in self.by_unit[unit].clone() {
                 let loose = std::mem::take(&mut self.loose[id]);
                 if !loose.is_empty() {
@@ -140,7 +149,7 @@ impl State {
     }
 
     /// Each unit's weights, if all of these units' are here and at `step`; others are empty.
-    pub(crate) fn weights_at(&self, step: Step, units: Range<usize>) -> Result<Vec<&[f32]>, EngineError> {
+    pub(crate) fn weights_at(&self, step: Step, units: Range<usize>) -> Result<Vec<&[E]>, EngineError> {
         for id in self.by_unit[units.clone()].iter().cloned().flatten() {
             let found = self.held[id].weights;
             if found != Some(step) {
@@ -148,13 +157,13 @@ impl State {
                 return Err(EngineError::WeightsAt { slice, expected: step, found });
             }
         }
-        let here = |(u, unit): (usize, &'_ Vec<f32>)| units.contains(&u) && !unit.is_empty();
+        let here = |(u, unit): (usize, &'_ Vec<E>)| units.contains(&u) && !unit.is_empty();
         let pick = |(u, unit)| if here((u, unit)) { unit.as_slice() } else { &[][..] };
         Ok(self.units.iter().enumerate().map(pick).collect())
     }
 
     /// A slice's weights and what else is held of it. Makes room for them where there is none.
-    fn parts(&mut self, id: SliceId) -> Result<(&mut [f32], &mut Held), EngineError> {
+    fn parts(&mut self, id: SliceId) -> Result<(&mut [E], &mut Held), EngineError> {
         let (unit, len) = {
             let slice = self.slice(id)?;
             (slice.unit.0 as usize, slice.len())
@@ -165,12 +174,12 @@ impl State {
             return Ok((&mut self.units[unit][within], held));
         }
         let loose = &mut self.loose[id.0 as usize];
-        loose.resize(len, 0.0);
+        loose.resize(len, E::default());
         Ok((loose, held))
     }
 
     /// A slice's weights, where they are at `step`.
-    pub(crate) fn slice_weights(&self, id: SliceId, step: Step) -> Result<&[f32], EngineError> {
+    pub(crate) fn slice_weights(&self, id: SliceId, step: Step) -> Result<&[E], EngineError> {
         let unit = self.slice(id)?.unit.0 as usize;
         let found = self.held[id.0 as usize].weights;
         if found != Some(step) {
@@ -183,7 +192,7 @@ impl State {
     }
 
     /// A slice's weights, where they are at `step`, and are what was put here.
-    pub(crate) fn sound_weights(&self, cpu: &Cpu, id: SliceId, step: Step) -> Result<&[f32], EngineError> {
+    pub(crate) fn sound_weights(&self, cpu: &Cpu, id: SliceId, step: Step) -> Result<&[E], EngineError> {
         let weights = self.slice_weights(id, step)?;
         let expected = self.held[id.0 as usize].sum.weights;
         if expected == sum_of(cpu, &[weights]) {
@@ -192,12 +201,19 @@ impl State {
         Err(EngineError::Corrupt { slice: id, step, what: Subject::State })
     }
 
+    /// What was put here of a slice, if its weights are what is here. Moments are looked at
+    /// before they are used or leave.
+    pub(crate) fn look(&self, cpu: &Cpu, id: SliceId, step: Step) -> Result<SliceSum, EngineError> {
+        self.sound_weights(cpu, id, step)?;
+        Ok(self.held[id.0 as usize].sum)
+    }
+
     /// What was put here of a slice, if that is what is here.
     pub(crate) fn verify(&self, cpu: &Cpu, id: SliceId, step: Step) -> Result<SliceSum, EngineError> {
         self.sound_weights(cpu, id, step)?;
         let held = &self.held[id.0 as usize];
-        let Some(Moments { step, m, v }) = &held.moments else { return Ok(held.sum) };
-        if held.sum.moments == Some(sum_of(cpu, &[m, v])) {
+        let Some(Moments { step, master, m, v }) = &held.moments else { return Ok(held.sum) };
+        if held.sum.moments == Some(sum_of(cpu, &[master, m, v])) {
             return Ok(held.sum);
         }
         Err(EngineError::Corrupt { slice: id, step: *step, what: Subject::State })
@@ -209,7 +225,7 @@ impl State {
         let weights = sum_of(cpu, &[weights]);
         held.sum = SliceSum {
             weights,
-            moments: held.moments.as_ref().map(|Moments { m, v, .. }| sum_of(cpu, &[m, v])),
+            moments: held.moments.as_ref().map(|Moments { master, m, v, .. }| sum_of(cpu, &[master, m, v])),
         };
         Ok(held.sum)
     }
@@ -219,8 +235,14 @@ impl State {
         self.slice(id)?;
         let moments = self.held[id.0 as usize].moments.as_ref();
         match moments {
-            Some(Moments { step: at, m, v }) if *at == step => {
-                Ok([self.slice_weights(id, step)?, m, v].concat())
+            Some(Moments { step: at, master, m, v }) if *at == step => {
+                let mut state: Vec<f32> = match master.as_slice() {
+                    [] => self.slice_weights(id, step)?.iter().map(|w| w.widen()).collect(),
+                    master => master.to_vec(),
+                };
+                state.extend(m);
+                state.extend(v);
+                Ok(state)
             }
             other => {
                 let found = other.map(|m| m.step);
@@ -241,7 +263,7 @@ impl State {
         if held.moments.as_ref().is_some_and(|m| m.step == step) {
             return Ok(());
         }
-        weights.copy_from_slice(new);
+        add::narrow(cpu, weights, new);
         held.weights = Some(step);
         held.moments = None;
         self.sum_up(cpu, id).map(|_| ())
@@ -258,9 +280,10 @@ impl State {
         let (weights, held) = self.parts(id)?;
         let (master, moments) = new.split_at(weights.len());
         let (m, v) = moments.split_at(weights.len());
-        weights.copy_from_slice(master);
+        add::narrow(cpu, weights, master);
+        let master = if E::IS_SUM { Vec::new() } else { master.to_vec() };
         held.weights = Some(step);
-        held.moments = Some(Moments { step, m: m.to_vec(), v: v.to_vec() });
+        held.moments = Some(Moments { step, master, m: m.to_vec(), v: v.to_vec() });
         self.sum_up(cpu, id).map(|_| ())
     }
 
@@ -318,7 +341,9 @@ impl State {
             let weight_decay = if *decayed { update.weight_decay } else { 0.0 };
             let (m, v) = (&mut moments.m[run.clone()], &mut moments.v[run.clone()]);
             let update = Update { weight_decay, ..*update };
-            adamw(cpu, &update, &gradient[run.clone()], &mut weights[run.clone()], m, v);
+            let (gradient, weights) = (&gradient[run.clone()], &mut weights[run.clone()]);
+            let master = moments.master.get_mut(run.clone());
+            adamw(cpu, &update, gradient, weights, master.unwrap_or_default(), m, v);
         }
         moments.step = step;
         held.weights = Some(step);
@@ -340,6 +365,9 @@ impl State {
         let bit = bit / slices.len() as u64;
         let Ok((weights, held)) = self.parts(id) else { return false };
         match held.moments.as_mut().filter(|_| !bit.is_multiple_of(3)) {
+            Some(moments) if bit % 3 == 1 && (bit / 3).is_multiple_of(2) && !moments.master.is_empty() => {
+                flip(&mut moments.master, bit / 6);
+            }
             Some(moments) if bit % 3 == 1 => flip(&mut moments.m, bit / 3),
             Some(moments) => flip(&mut moments.v, bit / 3),
             None => flip(weights, bit / 3),
@@ -348,16 +376,8 @@ impl State {
     }
 }
 
-fn sum_of(cpu: &Cpu, vectors: &[&[f32]]) -> Checksum {
+fn sum_of<E: Element>(cpu: &Cpu, vectors: &[&[E]]) -> Checksum {
     Checksum(checksum(cpu, vectors))
-}
-
-/// Flips one bit of some values; which one is a function of `bit`.
-pub(crate) fn flip(values: &mut [f32], bit: u64) {
-    let count = values.len().max(1) as u64;
-    if let Some(value) = values.get_mut((bit / 32 % count) as usize) {
-        *value = f32::from_bits(value.to_bits() ^ 1 << (bit % 32));
-    }
 }
 
 /// A slice's runs of decayed and of other parameters.

@@ -69,8 +69,10 @@ pub(super) struct Costs {
     micro_batches: u32,
     /// Of the embedding, a layer and the head, for one micro-batch forward and backward.
     flops: [f64; 3],
-    /// Bytes of the weights of the same.
-    weights: [u64; 3],
+    /// Parameters of the same.
+    parameters: [u64; 3],
+    /// Bytes of a weight that is computed with.
+    weight: u64,
     activations: Activations,
     /// Seconds for one micro-batch's activations and their gradients over one border.
     border_s: f64,
@@ -81,17 +83,18 @@ impl Costs {
         let (shape, batch) = (&demand.shape, &demand.batch);
         let tokens = f64::from(batch.sequences) * f64::from(batch.sequence_length);
         let kinds = [0, 1, shape.units() - 1].map(UnitId);
-        let bytes = |unit| {
+        let parameters = |unit| {
             let range = shape.unit_range(unit);
-            FP32 * (range.end - range.start)
+            range.end - range.start
         };
         Self {
             layers: shape.layers,
             lanes: batch.lanes,
             micro_batches: batch.micro_batches,
             flops: kinds.map(|u| tokens * unit_flops_per_token(shape, u, batch.sequence_length)),
-            weights: kinds.map(bytes),
-            activations: Activations::new(shape, batch),
+            parameters: kinds.map(parameters),
+            weight: demand.precision.bytes(),
+            activations: Activations::new(shape, batch, demand.precision),
             border_s: 2.0 * tokens * f64::from(shape.dim) * FP32 as f64 / demand.link_bytes_per_s,
         }
     }
@@ -100,12 +103,12 @@ impl Costs {
         self.layers + 2
     }
 
-    /// Bytes of a unit's weights.
+    /// Bytes of a unit's weights on their way to somebody.
     pub(super) fn unit_bytes(&self, unit: u32) -> u64 {
         match unit {
-            0 => self.weights[0],
-            u if u <= self.layers => self.weights[1],
-            _ => self.weights[2],
+            0 => FP32 * self.parameters[0],
+            u if u <= self.layers => FP32 * self.parameters[1],
+            _ => FP32 * self.parameters[2],
         }
     }
 
@@ -143,14 +146,19 @@ impl Costs {
     }
 
     fn layer_bytes(&self, depth: u32, lanes: u32) -> u64 {
-        self.weights[1] * (1 + gradient_sums(lanes)) + self.activations.layer * u64::from(depth)
+        self.parameters[1] * self.parameter_bytes(lanes) + self.activations.layer * u64::from(depth)
+    }
+
+    /// Bytes of a parameter of a stage: its weight, and the sums of its gradient.
+    fn parameter_bytes(&self, lanes: u32) -> u64 {
+        self.weight + FP32 * gradient_sums(lanes)
     }
 
     /// A stage's bytes without its layers.
     fn ends_bytes(&self, role: Role, lanes: u32) -> u64 {
-        let copies = 1 + gradient_sums(lanes);
-        let embedding = if role.has_embedding() { self.weights[0] * copies } else { 0 };
-        let head = if role.has_head() { self.weights[2] * copies + self.activations.head } else { 0 };
+        let each = self.parameter_bytes(lanes);
+        let embedding = if role.has_embedding() { self.parameters[0] * each } else { 0 };
+        let head = if role.has_head() { self.parameters[2] * each + self.activations.head } else { 0 };
         embedding + head + self.activations.shared
     }
 

@@ -54,8 +54,8 @@ pub use error::NoPlan;
 
 use crate::owners;
 use caravan_types::{
-    BatchShape, Dispute, Generation, IdleReason, Member, ModelShape, Pipeline, Plan, SliceId, SliceSet,
-    SliceTable, Source, Step, WorkerId,
+    BatchShape, Dispute, Generation, IdleReason, Member, ModelShape, Pipeline, Plan, Precision, SliceId,
+    SliceSet, SliceTable, Source, Step, WorkerId,
 };
 use costs::EQUAL;
 use problem::{Problem, memory, owning};
@@ -72,6 +72,8 @@ pub struct Demand {
     pub shape: ModelShape,
     /// The global batch.
     pub batch: BatchShape,
+    /// Number formats.
+    pub precision: Precision,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
     /// Stages of every pipeline; as many as are best where none. Fewer only where there are

@@ -84,9 +84,9 @@ impl<'a> World<'a> {
         let layers = units.clone().filter(|u| *u > 0 && *u < self.units() - 1).count() as u64;
         let mut bytes = weights * (1 + sums) + self.share;
         bytes += 4 * tokens * (3 * d + qkv + heads + 2 * h) * layers * depth;
-        bytes += 4 * tokens * (4 * d + qkv + 3 * h);
+        bytes += 4 * tokens * (6 * d + qkv + 3 * h);
         if units.end == self.units() {
-            bytes += 4 * ((tokens * v).min((1 << 23).max(v)) + 2 * d * v);
+            bytes += 4 * (2 * (tokens * v).min((1 << 23).max(v)) + 2 * d * v);
         }
         bytes <= worker.memory
     }

@@ -6,7 +6,7 @@ mod properties;
 
 use super::*;
 use brute::World;
-use caravan_types::SliceId;
+use caravan_types::{Precision, SliceId};
 use proptest::prelude::*;
 
 /// A tiny model: a slice a unit, units of different sizes.
@@ -28,6 +28,7 @@ pub(super) fn demand(layers: u32, lanes: u32, micro_batches: u32) -> Demand {
     Demand {
         shape: shape(layers),
         batch: BatchShape { lanes, micro_batches, sequences: 2, sequence_length: 8 },
+        precision: Precision::Fp32,
         redundancy: 2,
         stages: None,
         link_bytes_per_s: 1e9,
