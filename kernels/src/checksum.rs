@@ -4,21 +4,32 @@ use crate::{Cpu, Element};
 use rayon::prelude::*;
 
 /// Elements that a thread takes at a time; part of the checksum's definition.
-const CHUNK: usize = 1 << 14;
+pub(crate) const CHUNK: usize = 1 << 14;
 
 /// CRC-32C of the CRC-32Cs of each vector's chunks of 16384 elements, little-endian. The same
 /// for every number of threads and every instruction family. One bit that is not what it was
 /// changes it for certain.
 #[must_use]
 pub fn checksum<E: Element>(cpu: &Cpu, vectors: &[&[E]]) -> u32 {
+    fold(chunks(cpu, vectors))
+}
+
+fn chunks<E: Element>(cpu: &Cpu, vectors: &[&[E]]) -> Vec<u32> {
     let chunks: Vec<&[E]> = vectors.iter().flat_map(|x| x.chunks(CHUNK)).collect();
-    let sums: Vec<u32> = match chunks.as_slice() {
-        [chunk] => vec![crc32c::crc32c(bytemuck::cast_slice(chunk))],
-        chunks => {
-            cpu.install(|| chunks.par_iter().map(|x| crc32c::crc32c(bytemuck::cast_slice(x))).collect())
-        }
-    };
-    sums.iter().fold(0, |sum, chunk| crc32c::crc32c_append(sum, &chunk.to_le_bytes()))
+    match chunks.as_slice() {
+        [one] => vec![chunk(one)],
+        chunks => cpu.install(|| chunks.par_iter().map(|x| chunk(x)).collect()),
+    }
+}
+
+/// Of one chunk.
+pub(crate) fn chunk<E: Element>(values: &[E]) -> u32 {
+    crc32c::crc32c(bytemuck::cast_slice(values))
+}
+
+/// Of chunks' checksums.
+pub(crate) fn fold(chunks: impl IntoIterator<Item = u32>) -> u32 {
+    chunks.into_iter().fold(0, |sum, chunk| crc32c::crc32c_append(sum, &chunk.to_le_bytes()))
 }
 
 /// Flips one bit of some values, as a cosmic ray would; which one is a function of `bit`.

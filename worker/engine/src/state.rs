@@ -13,7 +13,7 @@
 //! used for good: what has changed in between, memory has changed.
 
 use crate::{EngineError, init};
-use caravan_kernels::adamw::{Update, adamw};
+use caravan_kernels::adamw::{Sums, Trained, Update, adamw};
 use caravan_kernels::checksum::{checksum, flip};
 use caravan_kernels::{Bf16, Cpu, Element, add};
 use caravan_types::{
@@ -331,26 +331,32 @@ impl<E: Weight> State<E> {
         flaw: Option<u64>,
     ) -> Result<SliceSum, EngineError> {
         let (step, before) = (Step(update.step), Step(update.step.saturating_sub(1)));
-        self.verify(cpu, id, before)?;
+        self.slice_weights(id, before)?;
         let (weights, held) = self.parts(id)?;
         let found = held.moments.as_ref().map(|m| m.step);
         let Some(moments) = held.moments.as_mut().filter(|m| m.step == before) else {
             return Err(EngineError::StateAt { slice: id, expected: before, found });
         };
-        for (run, decayed) in &held.runs {
+        let of_run = |(run, decayed): &(Range<usize>, bool)| {
             let weight_decay = if *decayed { update.weight_decay } else { 0.0 };
-            let (m, v) = (&mut moments.m[run.clone()], &mut moments.v[run.clone()]);
-            let update = Update { weight_decay, ..*update };
-            let (gradient, weights) = (&gradient[run.clone()], &mut weights[run.clone()]);
-            let master = moments.master.get_mut(run.clone());
-            adamw(cpu, &update, gradient, weights, master.unwrap_or_default(), m, v);
+            (run.clone(), Update { weight_decay, ..*update })
+        };
+        let runs: Vec<_> = held.runs.iter().map(of_run).collect();
+        let Moments { master, m, v, .. } = moments;
+        let [was, mut is] = adamw(cpu, &runs, gradient, Trained { weights: &mut *weights, master, m, v });
+        let sum =
+            |sums: Sums| SliceSum { weights: Checksum(sums.weights), moments: Some(Checksum(sums.moments)) };
+        if sum(was) != held.sum {
+            return Err(EngineError::Corrupt { slice: id, step: before, what: Subject::State });
         }
         moments.step = step;
         held.weights = Some(step);
         if let Some(bit) = flaw {
             flip(weights, bit);
+            is.weights = checksum(cpu, &[weights]);
         }
-        self.sum_up(cpu, id)
+        held.sum = sum(is);
+        Ok(held.sum)
     }
 
     /// Flips a bit of what is held, as a cosmic ray would: the choice is a function of `bit`.

@@ -5,7 +5,7 @@
 mod common;
 
 use caravan_engine::{Executor, Model};
-use caravan_kernels::adamw::{Update, adamw};
+use caravan_kernels::adamw::{Trained, Update, adamw};
 use caravan_kernels::{Cpu, Family};
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
@@ -114,7 +114,8 @@ fn in_f64_the_model_is_pytorchs() {
                     scale: r.clip_scale(norm),
                 };
                 let (m, v) = (&mut m[part.clone()], &mut v[part.clone()]);
-                adamw(&cpu, &update, &g[part.clone()], &mut w[part], &mut [], m, v);
+                let trained = Trained { weights: &mut w[part.clone()], master: &mut [], m, v };
+                adamw(&cpu, &[(0..part.len(), update)], &g[part], trained);
             }
         }
         let d = distance(w, &golden.flat("after"));
