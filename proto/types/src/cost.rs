@@ -12,8 +12,14 @@ pub const FP32: u64 = 4;
 /// Bytes of an element's training state: master weight and two moments, all fp32.
 pub const STATE: u64 = 3 * FP32;
 
-/// Logits that the engine has at a time, in values.
+/// Logits that the engine has at a time.
 const LOGITS: u64 = 1 << 23;
+
+/// Gradients of logits likewise.
+const LOGIT_GRADIENTS: u64 = 1 << 25;
+
+/// Either come in multiples of so many rows.
+const ROWS: u64 = 256;
 
 /// Memory of the passes over one micro-batch, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +41,12 @@ impl Activations {
         let each = precision.bytes();
         let tokens = u64::from(batch.sequences) * u64::from(batch.sequence_length);
         let [d, h, v, heads] = [model.dim, model.hidden, model.vocab, model.heads].map(u64::from);
+        let rows = |logits: u64| tokens.min((logits / v / ROWS).max(1) * ROWS);
         let qkv = d + 2 * u64::from(model.kv_heads) * u64::from(model.head_dim());
         Self {
             layer: FP32 * tokens * (2 * d + heads) + each * tokens * (d + qkv + 2 * h),
             shared: FP32 * tokens * 3 * d + each * tokens * (3 * d + qkv + 3 * h),
-            head: (FP32 + each) * (tokens * v).min(LOGITS.max(v)) + each * 2 * d * v,
+            head: v * (FP32 * rows(LOGITS) + each * rows(LOGIT_GRADIENTS)) + each * 2 * d * v,
         }
     }
 }

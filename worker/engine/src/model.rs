@@ -22,12 +22,15 @@ use caravan_kernels::{Cpu, Element, Real, View, ViewMut, add, cross_entropy, emb
 use caravan_types::{MicroBatch, ModelShape};
 use std::ops::Range;
 
-/// Logits that exist at a time, about 32 MiB of f32: large enough that adding a chunk's share
-/// to the head's gradient costs little against computing it, small enough for a last-level
-/// cache. Gradients of the head are summed chunk by chunk: changing it changes bits.
+/// Logits that exist at a time, 32 MiB of f32: small enough for a last-level cache.
 const LOGITS: usize = 1 << 23;
 
-/// Chunks of logits are multiples of so many rows.
+/// Gradients of logits that exist at a time, 64 MiB of bf16: so many that adding their share to the
+/// head's gradient, a pass over all of it, costs little against computing it. That is summed share
+/// by share: changing it changes bits.
+const LOGIT_GRADIENTS: usize = 1 << 25;
+
+/// Either come in multiples of so many rows.
 const ROWS: usize = 256;
 
 /// Asked before every layer, and before every chunk of the head, with the unit's number: whether
@@ -322,8 +325,8 @@ impl<E: Element> Model<E> {
         grow(&mut m.dstream, n * dim);
         grow(&mut m.rounded, n * dim);
         if self.units.end == self.layout.units() {
-            grow(&mut m.logits, chunk_rows(vocab).min(n) * vocab);
-            grow(&mut m.dlogits, chunk_rows(vocab).min(n) * vocab);
+            grow(&mut m.logits, rows_of(LOGITS, vocab).min(n) * vocab);
+            grow(&mut m.dlogits, rows_of(LOGIT_GRADIENTS, vocab).min(n) * vocab);
             grow(&mut m.losses, n);
             grow(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
             grow(&mut m.head[1], matmul::packed_len::<E>(vocab, dim, cpu.family()));
@@ -397,24 +400,27 @@ impl<E: Element> Model<E> {
         let [forward, backward] = &mut m.head;
         let forward = matmul::pack(cpu, head.t(), forward);
         let backward = matmul::pack(cpu, head, backward);
-        let chunk = chunk_rows(vocab);
-        for start in (0..n).step_by(chunk) {
-            if stop(self.layout.layers as u32 + 1) {
-                return None;
+        for start in (0..n).step_by(rows_of(LOGIT_GRADIENTS, vocab)) {
+            let share = start..(start + rows_of(LOGIT_GRADIENTS, vocab)).min(n);
+            let dlogits = &mut m.dlogits[..share.len() * vocab];
+            for row in share.clone().step_by(rows_of(LOGITS, vocab)) {
+                if stop(self.layout.layers as u32 + 1) {
+                    return None;
+                }
+                let rows = row..(row + rows_of(LOGITS, vocab)).min(share.end);
+                let logits = &mut m.logits[..rows.len() * vocab];
+                let normed = View::rows_of(&m.normed[rows.start * dim..rows.end * dim], dim);
+                matmul::product(cpu, normed, &forward, ViewMut::rows_of(logits, vocab), Into::Set);
+                let dlogits = &mut dlogits[(row - start) * vocab..][..rows.len() * vocab];
+                let (targets, counted) = (&batch.targets[rows.clone()], &batch.counted[rows.clone()]);
+                let losses = &mut m.losses[rows];
+                cross_entropy::forward_backward(cpu, logits, dlogits, vocab, targets, counted, scale, losses);
             }
-            let rows = start..(start + chunk).min(n);
-            let logits = &mut m.logits[..rows.len() * vocab];
-            let normed = &m.normed[rows.start * dim..rows.end * dim];
-            let dnormed = &mut m.dnormed[rows.start * dim..rows.end * dim];
-            let into = ViewMut::rows_of(logits, vocab);
-            matmul::product(cpu, View::rows_of(normed, dim), &forward, into, Into::Set);
-            let (targets, counted) = (&batch.targets[rows.clone()], &batch.counted[rows.clone()]);
-            let losses = &mut m.losses[rows];
-            let dlogits = &mut m.dlogits[..logits.len()];
-            cross_entropy::forward_backward(cpu, logits, dlogits, vocab, targets, counted, scale, losses);
             let dlogits = View::rows_of(dlogits, vocab);
-            matmul::product(cpu, dlogits, &backward, ViewMut::rows_of(dnormed, dim), Into::Set);
-            outer(cpu, dlogits, normed, dim, &mut g[self.layout.head_weight.clone()]);
+            let share = share.start * dim..share.end * dim;
+            let dnormed = ViewMut::rows_of(&mut m.dnormed[share.clone()], dim);
+            matmul::product(cpu, dlogits, &backward, dnormed, Into::Set);
+            outer(cpu, dlogits, &m.normed[share], dim, &mut g[self.layout.head_weight.clone()]);
         }
         let gain = self.layout.final_norm.clone();
         let (dnormed, dstream) = (&m.dnormed[..n * dim], &mut m.dstream[..n * dim]);
@@ -532,9 +538,9 @@ fn outer<E: Element>(cpu: &Cpu, dy: View<'_, E>, x: &[E], inputs: usize, dw: &mu
     matmul::matmul(cpu, dy.t(), View::rows_of(x, inputs), ViewMut::rows_of(dw, inputs), Into::Add);
 }
 
-/// Rows of logits in a chunk: so many that no pass over the head's gradient is for a few only.
-fn chunk_rows(vocab: usize) -> usize {
-    (LOGITS / vocab / ROWS).max(1) * ROWS
+/// Rows of so many logits.
+fn rows_of(logits: usize, vocab: usize) -> usize {
+    (logits / vocab / ROWS).max(1) * ROWS
 }
 
 fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {

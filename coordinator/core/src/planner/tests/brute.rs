@@ -86,7 +86,8 @@ impl<'a> World<'a> {
         bytes += 4 * tokens * (3 * d + qkv + heads + 2 * h) * layers * depth;
         bytes += 4 * tokens * (6 * d + qkv + 3 * h);
         if units.end == self.units() {
-            bytes += 4 * (2 * (tokens * v).min((1 << 23).max(v)) + 2 * d * v);
+            let rows = |logits: u64| tokens.min((logits / v / 256).max(1) * 256);
+            bytes += 4 * v * (rows(1 << 23) + rows(1 << 25) + 2 * d);
         }
         bytes <= worker.memory
     }
