@@ -1,55 +1,6 @@
 //! What a run costs: parameters, memory and arithmetic, from its shapes.
 
-use caravan_types::cost::{Activations, FP32, STATE, gradient_sums};
-use caravan_types::{BatchShape, ModelShape, Precision, UnitId};
-
-/// Memory of one worker, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Memory {
-    /// The weights: the whole model, while pipelines have one stage.
-    pub weights: u64,
-    /// Sums of gradients: its own and those that it receives for the slices that it owns.
-    pub gradients: u64,
-    /// Both moments of the slices that it owns, and master weights that are not the weights.
-    pub moments: u64,
-    /// What the passes over one micro-batch need.
-    pub activations: u64,
-}
-
-impl Memory {
-    /// Estimates what one of `workers` workers needs. Good to some ten percent: buffers of
-    /// the network and the allocator's waste are not in it.
-    pub fn estimate(
-        model: &ModelShape,
-        batch: &BatchShape,
-        precision: Precision,
-        workers: u32,
-        redundancy: u32,
-    ) -> Self {
-        let parameters = model.parameters();
-        let workers = workers.min(batch.lanes).max(1);
-        let sums = gradient_sums(batch.lanes.div_ceil(workers));
-        let owners = u64::from(redundancy.min(workers));
-        let owned = (parameters * owners).div_ceil(u64::from(workers));
-        Self {
-            weights: precision.bytes() * parameters,
-            gradients: FP32 * (parameters * sums + owned * u64::from(workers - 1)),
-            moments: owned * if precision == Precision::Fp32 { STATE - FP32 } else { STATE },
-            activations: activations(model, batch, precision),
-        }
-    }
-
-    /// All of it.
-    pub fn total(&self) -> u64 {
-        self.weights + self.gradients + self.moments + self.activations
-    }
-}
-
-/// What the engine's passes over one micro-batch take in a worker that has the whole model.
-fn activations(model: &ModelShape, batch: &BatchShape, precision: Precision) -> u64 {
-    let part = Activations::new(model, batch, precision);
-    u64::from(model.layers) * part.layer + part.shared + part.head
-}
+use caravan_types::{ModelShape, UnitId};
 
 /// Parameters of the embedding, one layer, and the final norm with the head.
 pub fn parameters_by_unit(model: &ModelShape) -> [u64; 3] {
@@ -110,21 +61,5 @@ mod tests {
         );
         assert_eq!([0, 1023, 1 << 20, 15 << 30].map(bytes), ["0 B", "1.00 KiB", "1.00 MiB", "15.0 GiB"]);
         assert_eq!([7, 1234, 1_234_567].map(grouped), ["7", "1,234", "1,234,567"]);
-    }
-
-    #[test]
-    fn the_memory_of_70b_is_16_bytes_a_parameter_and_is_shared_out() {
-        let model = ModelShape::preset("70b").unwrap();
-        let batch = BatchShape { lanes: 8, micro_batches: 1, sequences: 1, sequence_length: 4096 };
-        let one = Memory::estimate(&model, &batch, Precision::Fp32, 1, 2);
-        assert_eq!(one.moments + one.weights, 12 * model.parameters());
-        let single = Memory::estimate(&model, &BatchShape { lanes: 1, ..batch }, Precision::Fp32, 1, 1);
-        assert_eq!(single.weights + single.gradients + single.moments, 16 * model.parameters());
-        let four = Memory::estimate(&model, &batch, Precision::Fp32, 4, 2);
-        assert_eq!(four.moments, one.moments / 2);
-        assert_eq!(
-            Memory::estimate(&model, &batch, Precision::Fp32, 100, 2),
-            Memory::estimate(&model, &batch, Precision::Fp32, 8, 2)
-        );
     }
 }

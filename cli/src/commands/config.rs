@@ -4,8 +4,9 @@
 //! stand in comments.
 
 use crate::config::{self, Kernels, Override, Settings};
-use crate::estimate::{Memory, bytes, grouped, parameters_by_unit, si};
+use crate::estimate::{bytes, grouped, parameters_by_unit, si};
 use crate::{Outcome, run_dir::RunDir};
+use caravan_types::cost::Memory;
 use caravan_types::{ModelShape, SliceTable, Step};
 use std::io::{self, Write};
 use std::path::PathBuf;
