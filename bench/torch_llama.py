@@ -1,9 +1,9 @@
 """The peer: a Llama training loop in PyTorch on the CPU, at the settings found best for it.
 
-usage: torch_llama.py PRESET [--batch B] [--threads N] [--steps N] [--compile]
+usage: torch_llama.py PRESET [--precision fp32|mixed] [--batch B] [--threads N] [--steps N] [--compile]
 
-fp32, fused AdamW, scaled-dot-product attention. Prints one line; the first two steps warm up
-(and compile) and are not counted.
+Fused AdamW, scaled-dot-product attention; mixed is autocast to bfloat16, the loss in fp32. Prints
+one line; the first two steps warm up (and compile) and are not counted.
 """
 
 import argparse
@@ -76,12 +76,13 @@ class Llama(nn.Module):
         h = self.embedding(x)
         for block in self.blocks:
             h = block(h, self.cos, self.sin)
-        return F.cross_entropy(self.out(self.norm(h)).flatten(0, 1), y.flatten())
+        return F.cross_entropy(self.out(self.norm(h)).flatten(0, 1).float(), y.flatten())
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--precision", choices=["fp32", "mixed"], default="fp32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
@@ -102,7 +103,8 @@ def main():
         tokens = torch.randint(0, vocab, (args.batch, context + 1), generator=generator)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         start = time.perf_counter()
-        loss = forward(x, y)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.precision == "mixed"):
+            loss = forward(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -111,7 +113,7 @@ def main():
     median = sorted(times[2:])[args.steps // 2]
     kind = "compiled" if args.compile else "eager"
     print(
-        f"torch {torch.__version__} {args.preset} fp32 {kind} threads={args.threads} "
+        f"torch {torch.__version__} {args.preset} {args.precision} {kind} threads={args.threads} "
         f"batch={args.batch}x{context} loss={loss.item():.4f} step={median * 1e3:.0f}ms "
         f"tok/s={args.batch * context / median:.0f}"
     )

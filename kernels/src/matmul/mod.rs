@@ -22,7 +22,8 @@ pub use pack::{Packed, pack, packed_len};
 pub use tiles::Tiles;
 
 use crate::target::Target;
-use crate::{Cpu, Element, Family, Real, scratch};
+use crate::{Cpu, Element, Family, scratch};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use tiles::Call;
 
@@ -287,12 +288,13 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
                 self.blocks(tiles, left, (row, rows), (j, cols), ks, at.cast(), self.stride, add)
             };
         }
-        let mut sums = [E::Sum::ZERO; TILE];
+        let mut sums = MaybeUninit::<[E::Sum; TILE]>::uninit();
+        let sums = sums.as_mut_ptr().cast::<E::Sum>();
         // SAFETY: the caller's promise; `sums` has room for the largest tile.
-        unsafe {
-            self.blocks(tiles, left, (row, rows), (j, cols), ks, sums.as_mut_ptr(), tiles.width, false)
-        };
-        for (i, sums) in sums.chunks_exact(tiles.width).take(rows).enumerate() {
+        unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums, tiles.width, false) };
+        for i in 0..rows {
+            // SAFETY: so many sums of each row were set just now.
+            let sums = unsafe { std::slice::from_raw_parts(sums.add(i * tiles.width), cols) };
             // SAFETY: within the part of C that is ours.
             let to = unsafe { std::slice::from_raw_parts_mut(at.wrapping_add(i * self.stride), cols) };
             finish(self.family, sums, to, self.into == Into::Add);

@@ -160,11 +160,14 @@ fn pack_columns<E: Element, const GROUP: usize>(b: View<'_, E>, p: &Panel, out: 
     }
 }
 
-/// Rows of a packed left factor that lie side by side: whole tiles, and few enough for what a
-/// tile reads to be contiguous.
+/// Rows of a packed left factor that lie side by side: whole tiles. Where values are paired, also
+/// whole vectors, since that is how fast they are packed.
 fn left_rows<E: Element>(tiles: &Tiles<E>) -> usize {
-    tiles.height * tiles.group
+    if tiles.group == 1 { tiles.height } else { PAIRED_ROWS }
 }
+
+/// A multiple of the heights of tiles (6 and 4) and of 16 lanes.
+const PAIRED_ROWS: usize = 48;
 
 /// Packs rows of A: for each [`left_rows`] of them, for each group of k, the rows' groups side by
 /// side.
@@ -190,8 +193,7 @@ kernel! {
             (1, 6) => pack_some::<E, 1, 6>(a, rows, ks, out),
             (1, 4) => pack_some::<E, 1, 4>(a, rows, ks, out),
             (1, _) => pack_few::<E, 1>(a, rows, ks, out),
-            (_, 12) => pack_some::<E, 2, 12>(a, rows, ks, out),
-            (_, 8) => pack_some::<E, 2, 8>(a, rows, ks, out),
+            (_, PAIRED_ROWS) => pack_some::<E, 2, PAIRED_ROWS>(a, rows, ks, out),
             _ => pack_few::<E, 2>(a, rows, ks, out),
         }
     }
