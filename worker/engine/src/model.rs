@@ -22,6 +22,9 @@ use caravan_kernels::{Cpu, Element, Real, View, ViewMut, add, cross_entropy, emb
 use caravan_types::{MicroBatch, ModelShape};
 use std::ops::Range;
 
+mod score;
+pub use score::Score;
+
 /// Logits that exist at a time, about 32 MiB of f32: large enough that adding a chunk's share
 /// to the head's gradient costs little against computing it, small enough for a last-level
 /// cache. Gradients of the head are summed chunk by chunk: changing it changes bits.
