@@ -1,7 +1,7 @@
 """Runs a script in a virtual environment of its own, with pinned packages.
 
-PyTorch is needed to compare against, never to build or test, so it is installed on first use
-under target/ and nowhere else.
+PyTorch and transformers are needed to compare against, never to build or test, so they are
+installed on first use under target/ and nowhere else.
 """
 
 import os
@@ -11,7 +11,7 @@ import venv
 from pathlib import Path
 
 # One version for goldens and benchmarks, so that both speak of the same peer.
-PACKAGES = ["torch==2.15.0", "safetensors==0.8.0", "numpy==2.4.6"]
+PACKAGES = ["torch==2.15.0", "transformers==5.24.0", "safetensors==0.8.0", "numpy==2.4.6"]
 ROOT = Path(__file__).resolve().parent.parent
 HOME = Path(os.environ.get("CARAVAN_PYTHON", ROOT / "target" / "python"))
 

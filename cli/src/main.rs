@@ -49,6 +49,8 @@ enum Command {
     Chaos(commands::chaos::Args),
     /// Generate text from a checkpoint.
     Generate(commands::generate::Args),
+    /// Score given texts: how likely a checkpoint finds each of their tokens.
+    Score(commands::score::Args),
     /// Show a run at this moment.
     Status(commands::status::Args),
 }
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         Command::Replay(args) => commands::replay::run(&args, &mut out),
         Command::Chaos(args) => commands::chaos::run(&args, &mut out),
         Command::Generate(args) => commands::generate::run(&args, &mut out),
+        Command::Score(args) => commands::score::run(&args, &mut out),
         Command::Status(args) => commands::status::run(&args, &mut out),
     };
     match outcome.and_then(|()| Ok(out.flush()?)) {

@@ -27,6 +27,7 @@ pub mod checksum;
 pub mod cross_entropy;
 mod element;
 pub mod embedding;
+pub mod log_prob;
 pub mod matmul;
 mod real;
 mod reduce;

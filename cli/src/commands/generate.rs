@@ -1,13 +1,14 @@
 //! `caravan generate`: text from a checkpoint, token by token as it comes.
 
+use super::open::{open, tokenizer_of};
+use crate::Outcome;
 use crate::config::cores;
-use crate::{Failure, Outcome};
-use caravan_checkpoint::{Checkpoint, CheckpointError, Refused, newest_intact};
+use caravan_checkpoint::Checkpoint;
 use caravan_data::Tokenizer;
 use caravan_engine::{Generator, Sampling};
 use caravan_kernels::{Cpu, Family};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 
 /// What the subcommand takes.
 #[derive(clap::Args)]
@@ -62,59 +63,14 @@ fn probability(text: &str) -> Result<f64, String> {
 /// Why there is no text.
 #[derive(Debug, thiserror::Error)]
 enum GenerateError {
-    #[error("{} is no folder", .0.display())]
-    NoFolder(PathBuf),
-    #[error("there is no checkpoint in {}; `caravan train` writes one every cluster.checkpoint_every steps", .0.display())]
-    NoCheckpoint(PathBuf),
-    #[error("no checkpoint in {} is intact{}", dir.display(), list(refused))]
-    NoneIntact { dir: PathBuf, refused: Vec<Refused> },
-    #[error(
-        "the checkpoint {} cannot be used: {reason}. Give the run's folder instead, and its newest intact \
-         checkpoint is taken",
-        dir.display()
-    )]
-    Damaged { dir: PathBuf, reason: CheckpointError },
-    #[error(
-        "the checkpoint {} has no tokenizer, so there is no way from text to tokens: its run was trained on ready \
-         tokens",
-        .0.display()
-    )]
-    NoTokenizer(PathBuf),
     #[error("the prompt has {tokens} tokens, and the model's context is {context}: shorten it")]
     PromptTooLong { tokens: usize, context: u32 },
-}
-
-fn list(refused: &[Refused]) -> String {
-    refused.iter().map(|r| format!("\n  {}: {}", r.name, r.reason)).collect()
 }
 
 /// Prints the prompt and what follows.
 pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     let checkpoint = open(&args.checkpoint)?;
     stream(&checkpoint, &args.prompt, &args.options, out)
-}
-
-/// The checkpoint that a folder is, or the newest intact one of the run that it is.
-fn open(dir: &Path) -> Result<Checkpoint, Failure> {
-    if !dir.is_dir() {
-        return Err(GenerateError::NoFolder(dir.to_owned()).into());
-    }
-    if dir.join("manifest.json").exists() {
-        let damaged = |reason| GenerateError::Damaged { dir: dir.to_owned(), reason };
-        return Ok(Checkpoint::open(dir).map_err(damaged)?);
-    }
-    let of_run = dir.join("checkpoints");
-    let found = newest_intact(if of_run.is_dir() { &of_run } else { dir })?;
-    match found.checkpoint {
-        Some(checkpoint) => {
-            for Refused { name, reason } in &found.refused {
-                writeln!(io::stderr(), "note: checkpoint {name} is damaged and was passed over: {reason}")?;
-            }
-            Ok(checkpoint)
-        }
-        None if found.refused.is_empty() => Err(GenerateError::NoCheckpoint(dir.to_owned()).into()),
-        None => Err(GenerateError::NoneIntact { dir: dir.to_owned(), refused: found.refused }.into()),
-    }
 }
 
 /// Writes the prompt and what the model makes of it, each token as it comes, and a line's
@@ -124,9 +80,7 @@ fn open(dir: &Path) -> Result<Checkpoint, Failure> {
 /// Where the checkpoint has no tokenizer, cannot be read, or the prompt does not fit.
 pub fn stream(checkpoint: &Checkpoint, prompt: &str, options: &Options, out: &mut dyn Write) -> Outcome {
     let spec = &checkpoint.manifest().spec;
-    let path =
-        checkpoint.tokenizer().ok_or_else(|| GenerateError::NoTokenizer(checkpoint.dir().to_owned()))?;
-    let tokenizer = Tokenizer::load(&path)?;
+    let tokenizer = Tokenizer::load(&tokenizer_of(checkpoint)?)?;
     // The run's family gives its bits; text from another one may differ in a late token.
     let family = Family::named(&spec.numerics.family).unwrap_or_else(Family::best);
     let threads = options.threads.map_or(cores() as usize, usize::from);
@@ -163,6 +117,7 @@ mod tests {
     use super::*;
     use crate::commands::testing::Tiny;
     use std::fs;
+    use std::path::Path;
 
     fn generate(checkpoint: &Path, prompt: &str, seed: u64) -> Result<String, String> {
         let options = Options { max_tokens: 12, threads: Some(1), seed, ..Options::default() };

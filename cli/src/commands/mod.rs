@@ -6,7 +6,9 @@ pub mod config;
 pub mod coordinator;
 pub mod generate;
 pub mod inspect;
+pub mod open;
 pub mod replay;
+pub mod score;
 pub mod status;
 
 #[cfg(test)]

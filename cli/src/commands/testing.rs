@@ -5,7 +5,8 @@ use crate::run_dir::RunDir;
 use caravan_checkpoint::{complete, write_part};
 use caravan_data::{Request, prepare};
 use caravan_types::{
-    BatchShape, Generation, ModelShape, NumericsClass, Precision, Recipe, RunSpec, SliceTable, Step, WorkerId,
+    BatchShape, Generation, ModelShape, NumericsClass, Precision, Recipe, RunSpec, SliceId, SliceTable, Step,
+    WorkerId,
 };
 use std::fs;
 use std::path::PathBuf;
@@ -46,14 +47,27 @@ impl Tiny {
 
     /// Writes a checkpoint; its folder.
     pub fn checkpoint(&self, step: u64) -> PathBuf {
+        self.checkpoint_of(step, |_, i| ((i * 7919 + step as usize) % 1000) as f32 / 5000.0 - 0.1)
+    }
+
+    /// Writes a checkpoint whose slices have these numbers, by slice and element of it.
+    pub fn checkpoint_of(&self, step: u64, value: impl Fn(SliceId, usize) -> f32) -> PathBuf {
+        self.write(step, value, true)
+    }
+
+    /// Writes a checkpoint as a run on ready tokens does.
+    pub fn checkpoint_without_tokenizer(&self, step: u64) -> PathBuf {
+        self.write(step, |_, i| (i % 1000) as f32 / 5000.0 - 0.1, false)
+    }
+
+    fn write(&self, step: u64, value: impl Fn(SliceId, usize) -> f32, with_tokenizer: bool) -> PathBuf {
         let (root, spec) = (self.run.checkpoints(), self.run.spec());
-        let value = |i: usize| ((i * 7919 + step as usize) % 1000) as f32 / 5000.0 - 0.1;
-        let state = |len: usize| (0..3 * len).map(value).collect();
+        let state = |id, len: usize| (0..3 * len).map(|i| value(id, i)).collect();
         let states: Vec<_> =
-            SliceTable::new(&spec.model).iter().map(|(id, slice)| (id, state(slice.len()))).collect();
+            SliceTable::new(&spec.model).iter().map(|(id, slice)| (id, state(id, slice.len()))).collect();
         let part = write_part(&root, Generation(1), Step(step), WorkerId(1), &states).unwrap();
-        let tokenizer = self.run.data().unwrap().join("tokenizer.json");
-        complete(&root, Generation(1), Step(step), spec, &[part], Some(&tokenizer)).unwrap();
+        let tokenizer = with_tokenizer.then(|| self.run.data().unwrap().join("tokenizer.json"));
+        complete(&root, Generation(1), Step(step), spec, &[part], tokenizer.as_deref()).unwrap();
         root.join(format!("step-{step:08}"))
     }
 }

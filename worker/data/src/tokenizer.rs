@@ -150,6 +150,29 @@ impl Tokenizer {
         Ok(out)
     }
 
+    /// The tokens of `text` with `continuation` behind it, as of one text, and how many of them
+    /// have nothing of the continuation. A token that reaches across the border has, so that
+    /// all of the continuation is in what follows: where the border fell does not change tokens.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_split(&self, text: &str, continuation: &str) -> Result<(Vec<u32>, usize), DataError> {
+        let tokens = self.encode(&format!("{text}{continuation}"))?;
+        // The dummy prefix is the text's, where there is one.
+        let border = if text.is_empty() { 0 } else { 1 + text.len() };
+        let mut end = 0;
+        let before = tokens.iter().take_while(|token| {
+            end += match self.surfaces.get(**token as usize) {
+                Some(Surface::Text(surface)) => surface.len(),
+                Some(Surface::Byte(_)) => 1,
+                Some(Surface::Nothing) | None => 0,
+            };
+            end <= border
+        });
+        let before = before.count();
+        Ok((tokens, before))
+    }
+
     /// The text of `tokens`. Document borders give no text; bytes that are no UTF-8 give U+FFFD.
     #[must_use]
     pub fn decode(&self, tokens: &[u32]) -> String {

@@ -7,8 +7,9 @@
 //! through the two traits [`Batches`] and [`Checkpoints`].
 //!
 //! Its parts, from the inside out: [`layout`] (where tensors lie in the flat model), [`init`]
-//! (weights from the seed), [`model`] (forward and backward of one micro-batch), `gradients`
-//! and `state` (what an executor holds), [`Executor`], and [`generate`] (decoding).
+//! (weights from the seed), [`model`] (forward and backward of one micro-batch, and the scores of
+//! given texts), `gradients` and `state` (what an executor holds), [`Executor`], and [`generate`]
+//! (decoding).
 
 mod error;
 mod executor;
@@ -24,5 +25,5 @@ mod watch;
 pub use error::EngineError;
 pub use executor::{Batches, Checkpoints, Executor, Flaw, fastest};
 pub use generate::{Generator, Sampling};
-pub use model::Model;
+pub use model::{Model, Score};
 pub use watch::Watch;

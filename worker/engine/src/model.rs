@@ -22,6 +22,9 @@ use caravan_kernels::{Cpu, Element, Real, View, ViewMut, add, cross_entropy, emb
 use caravan_types::{MicroBatch, ModelShape};
 use std::ops::Range;
 
+mod score;
+pub use score::Score;
+
 /// Logits that exist at a time, 32 MiB of f32: small enough for a last-level cache.
 const LOGITS: usize = 1 << 23;
 

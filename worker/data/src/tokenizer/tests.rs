@@ -149,6 +149,44 @@ fn borders_give_no_text_and_a_continuation_keeps_its_space() {
 }
 
 #[test]
+fn a_continuation_begins_with_the_first_token_that_has_any_of_it() {
+    let t = tokenizer();
+    let split = |text: &str, continuation: &str| {
+        let (tokens, before) = t.encode_split(text, continuation).unwrap();
+        assert_eq!(tokens, t.encode(&format!("{text}{continuation}")).unwrap());
+        (t.decode(&tokens[..before]), tokens.len() - before)
+    };
+    let both = t.encode("let fn").unwrap().len();
+    assert_eq!(split("let", " fn"), ("let".into(), 1));
+    // The space is the text's, but its token has the word, too.
+    assert_eq!(split("let ", "fn"), ("let".into(), 1));
+    assert_eq!(split("let f", "n"), ("let".into(), 1));
+    assert_eq!(split("", "let fn"), (String::new(), both));
+    // Where nothing is before it, even the dummy prefix is the continuation's.
+    assert_eq!(split("", "1"), (String::new(), t.encode("1").unwrap().len()));
+    assert_eq!(split("let fn", ""), ("let fn".into(), 0));
+    // A character of four tokens, on either side.
+    assert_eq!(split("a🜁", "b"), ("a🜁".into(), 1));
+    assert_eq!(split("a", "🜁"), ("a".into(), 4));
+    assert_eq!(split("a▁", "▁b"), ("a▁".into(), 4));
+}
+
+proptest! {
+    #[test]
+    fn what_is_before_a_continuation_is_all_that_has_nothing_of_it(
+        text in "[ \n▁a-z0-9(){}é🦀]{0,20}", continuation in "[ \n▁a-z0-9(){}é🦀]{1,20}",
+    ) {
+        for tokenizer in [tokenizer(), &load(&whole()).unwrap()] {
+            let (tokens, before) = tokenizer.encode_split(&text, &continuation).unwrap();
+            let known = tokenizer.decode(&tokens[..before]);
+            prop_assert!(text.starts_with(&known), "{known:?} {text:?}");
+            let more = tokenizer.decode(&tokens[..=before]);
+            prop_assert!(!text.starts_with(&more) || text.is_empty(), "{more:?} {text:?}");
+        }
+    }
+}
+
+#[test]
 fn a_metaspace_file_is_llamas_too() {
     let json = variant(|v| {
         v["normalizer"] = Value::Null;
