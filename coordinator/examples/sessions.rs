@@ -221,7 +221,7 @@ fn report(
             weights.extend(here.map(|(id, _)| id));
         }
     }
-    Report { generation, applied: Step(0), norm: None, state, weights, prepared: None, sums: Vec::new() }
+    Report { generation, applied: Step(0), verdict: None, state, weights, prepared: None, sums: Vec::new() }
 }
 
 /// One session that is killed with its process.

@@ -130,7 +130,7 @@ impl Worker {
                     let report = Report {
                         generation,
                         applied: Step(0),
-                        norm: None,
+                        verdict: None,
                         state: SliceSet::default(),
                         weights: SliceSet::default(),
                         prepared: None,

@@ -25,7 +25,7 @@ from safetensors.torch import save_file  # noqa: E402
 SHAPE = dict(dim=24, layers=2, heads=4, kv_heads=2, hidden=20, vocab=37, context=32,
              norm_eps=1e-5, rope_theta=10000.0)
 RECIPE = dict(steps=10, warmup_steps=3, learning_rate=0.01, final_ratio=0.1, beta1=0.9, beta2=0.95,
-              epsilon=1e-5, weight_decay=0.1, clip_norm=1.0)
+              epsilon=1e-5, weight_decay=0.1, clip_norm=1.0, non_finite="stop")
 SEQUENCES, LENGTH = 3, 17
 HEAD = SHAPE["dim"] // SHAPE["heads"]
 # The shape's epsilon is a float32 on our side.

@@ -216,7 +216,14 @@ fn every_epoch_is_gone_through_to_its_end_each_sequence_once() {
     let tiny = Tiny::new();
     let sampler = run_data::sampler(&tiny.run).unwrap();
     let windows = sampler.windows();
-    let counted = |n: u64| Counted { step: Step(n), line: n + 1, first: 4 * (n - 1), end: 4 * n, tokens: 0 };
+    let counted = |n: u64| Counted {
+        step: Step(n),
+        line: n + 1,
+        first: 4 * (n - 1),
+        end: 4 * n,
+        tokens: 0,
+        skipped: false,
+    };
     let steps: Vec<_> = (1..=windows).map(counted).collect();
     let check = data::sequences(&sampler, &steps);
     assert!(check.holds && check.found[0].starts_with("3 epochs used each of their"), "{check:?}");

@@ -25,6 +25,12 @@ pub enum TrainError {
     /// The coordinator ended the run.
     #[error("the run cannot go on; its last events say why, and {} has the details", .0.display())]
     Failed(PathBuf),
+    /// The coordinator ended the run before a step that is not finite.
+    #[error(
+        "the run stopped before a step whose loss or gradient is not finite; its last event says what went bad first, \
+         and {} has the details", .0.display()
+    )]
+    NonFinite(PathBuf),
     /// All worker processes were given up.
     #[error("no worker is left: {0}")]
     NoWorkers(String),
@@ -33,6 +39,14 @@ pub enum TrainError {
         "interrupted a second time: stopped without a checkpoint; the same command goes on from the last one"
     )]
     Interrupted,
+}
+
+impl TrainError {
+    /// The error of a run that has ended in this way; its log has the details.
+    #[must_use]
+    pub fn of(farewell: Farewell, log: PathBuf) -> Self {
+        if farewell == Farewell::NonFinite { Self::NonFinite(log) } else { Self::Failed(log) }
+    }
 }
 
 /// Trains.
@@ -47,7 +61,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     };
     match farewell {
         Farewell::Finished | Farewell::Drained => conclude(args, &job, farewell, out),
-        _ => Err(TrainError::Failed(job.log).into()),
+        other => Err(TrainError::of(other, job.log).into()),
     }
 }
 

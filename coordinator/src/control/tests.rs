@@ -49,7 +49,7 @@ fn reports(worker: u64, generation: u64) -> Input {
     let (state, weights) = (SliceSet::default(), SliceSet::default());
     let generation = Generation(generation);
     let report =
-        Report { generation, applied: Step(0), norm: None, state, weights, prepared: None, sums: vec![] };
+        Report { generation, applied: Step(0), verdict: None, state, weights, prepared: None, sums: vec![] };
     says(worker, FromWorker::Report(report))
 }
 

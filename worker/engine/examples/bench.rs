@@ -9,7 +9,7 @@ use caravan_kernels::Family;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
     BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass, Part,
-    Precision, Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step,
+    Precision, Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step, Verdict,
 };
 use std::error::Error;
 use std::sync::Arc;
@@ -108,7 +108,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
         let reduced = start.elapsed();
-        engine.run(Task::Apply { step, norm: norm.sqrt(), slices: slices.clone() })?;
+        engine.run(Task::Apply {
+            step,
+            verdict: Verdict::Update { norm: norm.sqrt() },
+            slices: slices.clone(),
+        })?;
         let total = start.elapsed();
         if step.0 > 2 {
             times.push(total.as_secs_f64());

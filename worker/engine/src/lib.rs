@@ -8,8 +8,9 @@
 //!
 //! Its parts, from the inside out: [`layout`] (where tensors lie in the flat model), [`init`]
 //! (weights from the seed), [`model`] (forward and backward of one micro-batch), `gradients`
-//! and `state` (what an executor holds), [`Executor`], and [`generate`] (decoding).
+//! and `state` (what an executor holds), [`Executor`], `diagnose` (where a step went bad), and [`generate`] (decoding).
 
+mod diagnose;
 mod error;
 mod executor;
 pub mod generate;

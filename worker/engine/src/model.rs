@@ -121,6 +121,11 @@ impl<R: Real> Model<R> {
         &self.layout
     }
 
+    /// What a pass through it needs besides weights: layout, the norms' epsilon, rotations.
+    pub(crate) fn parts(&self) -> (&Layout, R, &rope::Table<R>) {
+        (&self.layout, self.epsilon, &self.turns)
+    }
+
     /// From now on, computes with these units, which exist.
     pub fn place(&mut self, units: Range<usize>) {
         self.spare.clear();
@@ -273,6 +278,12 @@ impl<R: Real> Model<R> {
     #[must_use]
     pub fn input_gradient(&self, tokens: usize) -> &[R] {
         &self.memory.dstream[..tokens * self.layout.dim]
+    }
+
+    /// The residual stream before the stage of the micro-batch that went back last.
+    pub(crate) fn landed_input(&self, tokens: usize) -> &[R] {
+        let kept = self.spare.last().and_then(|flight| flight.kept.first());
+        kept.map_or(&[], |kept| &kept.input[..tokens * self.layout.dim])
     }
 
     /// Whether what another stage sent is there where it must be, and of the right size.
@@ -490,13 +501,13 @@ pub(crate) fn product<R: Real>(cpu: &Cpu, x: &[R], inputs: usize, w: &[R], y: &m
 }
 
 /// dx = dy·W.
-fn back<R: Real>(cpu: &Cpu, dy: &[R], outputs: usize, w: &[R], inputs: usize, dx: &mut [R]) {
+pub(crate) fn back<R: Real>(cpu: &Cpu, dy: &[R], outputs: usize, w: &[R], inputs: usize, dx: &mut [R]) {
     let w = View::rows_of(w, inputs);
     matmul::matmul(cpu, View::rows_of(dy, outputs), w, ViewMut::rows_of(dx, inputs), Into::Set);
 }
 
 /// dW += dyᵀ·x.
-fn outer<R: Real>(cpu: &Cpu, dy: &[R], outputs: usize, x: &[R], inputs: usize, dw: &mut [R]) {
+pub(crate) fn outer<R: Real>(cpu: &Cpu, dy: &[R], outputs: usize, x: &[R], inputs: usize, dw: &mut [R]) {
     let (dy, x) = (View::rows_of(dy, outputs), View::rows_of(x, inputs));
     matmul::matmul(cpu, dy.t(), x, ViewMut::rows_of(dw, inputs), Into::Add);
 }

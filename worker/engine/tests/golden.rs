@@ -10,7 +10,7 @@ use caravan_kernels::{Cpu, Family};
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BatchShape, Generation, MicroBatch, ModelShape, Part, Recipe, SliceSet, SliceTable, Step,
+    BatchShape, Generation, MicroBatch, ModelShape, Part, Recipe, SliceSet, SliceTable, Step, Verdict,
 };
 use common::{Memory, NoCheckpoints, compute, spec};
 use safetensors::SafeTensors;
@@ -163,7 +163,9 @@ fn in_f32_an_executor_trains_as_pytorch_does() {
             }
             let norm = square.sqrt();
             assert!((norm - golden.norms[i]).abs() < 1e-5 * norm, "{family}, step {step}: norm {norm}");
-            engine.run(Task::Apply { step, norm, slices: slices.clone() }).unwrap();
+            engine
+                .run(Task::Apply { step, verdict: Verdict::Update { norm }, slices: slices.clone() })
+                .unwrap();
         }
         let weights = engine.weights(Step(golden.losses.len() as u64)).unwrap();
         let d = distance(weights.iter().map(|w| f64::from(*w)), &golden.flat("after"));

@@ -85,7 +85,7 @@ impl Run {
         Plan {
             generation: Generation(1),
             base: Step(0),
-            norm: None,
+            verdict: None,
             members: members.to_vec(),
             pipelines: (0..).zip(members).map(pipeline).collect(),
             owners: vec![members.iter().map(|m| m.worker).collect(); slices],
