@@ -76,7 +76,7 @@ async fn coordinate(sessions: usize, kills: usize) -> Outcome<()> {
 fn options(dir: &Path, workers: usize) -> Option<Options> {
     let lanes = workers.next_power_of_two() as u32 / 2;
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "sessions".into(),
         model: ModelShape::preset("15m")?,
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },

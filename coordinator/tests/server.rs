@@ -32,7 +32,7 @@ const DETECT_MS: u64 = 400;
 
 fn options(dir: &Path) -> Options {
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "demo".into(),
         model: ModelShape::preset("260k").unwrap(),
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },

@@ -3,7 +3,7 @@
 use super::{Check, Faults, Subject};
 use crate::estimate::grouped;
 use caravan_coordinator::ledger::{Entry, FORMAT, Flaw, Line, Reader, after, line};
-use caravan_types::{Digest, Generation, Step};
+use caravan_types::{Digest, Generation, NotFinite, Step};
 use std::io;
 use std::path::Path;
 
@@ -138,8 +138,13 @@ impl History {
                     self.last = Some(base);
                 }
             }
-            Entry::Step { step, generation, tokens, first, end, .. }
-            | Entry::Skip { step, generation, tokens, first, end, .. } => {
+            Entry::Step { step, generation, loss, norm, tokens, first, end, .. }
+            | Entry::Skip { step, generation, loss, norm, tokens, first, end, .. } => {
+                if skipped != NotFinite::of(norm, loss).is_some() {
+                    let is = if skipped { "was skipped" } else { "was applied" };
+                    self.order
+                        .add(|| format!("line {line}: step {step} {is} with loss {loss} and norm {norm}"));
+                }
                 let (lowest, newest) = self.generations.unwrap_or((generation, generation));
                 if generation < newest {
                     self.falling

@@ -302,7 +302,7 @@ mod tests {
         }
         fs::write(&path, line(&Header { caravan_store: 9 }).unwrap()).unwrap();
         let error = FileStore::open(dir.path()).unwrap_err();
-        assert!(error.to_string().contains("has store format 9, this program reads 3"), "{error}");
+        assert!(error.to_string().contains("has store format 9, this program reads 4"), "{error}");
     }
 
     #[test]
