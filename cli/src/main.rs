@@ -6,6 +6,7 @@ mod chaos;
 mod commands;
 mod config;
 mod estimate;
+mod fits;
 mod job;
 mod preparing;
 mod run_data;

@@ -51,6 +51,7 @@ impl TrainError {
 
 /// Trains.
 pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
+    args.fits_here()?;
     let mut job = Job::prepare(args)?;
     let farewell = if job.finished() {
         say("this run is finished already");

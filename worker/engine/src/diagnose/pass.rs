@@ -240,7 +240,7 @@ impl<R: Real> Pass<'_, R> {
         Ok(dstream)
     }
 
-    fn backward_mlp(&self, layer: usize, kept: &Kept<R>, dstream: &mut Vec<R>) -> Result<(), End> {
+    fn backward_mlp(&self, layer: usize, kept: &Kept<R>, dstream: &mut [R]) -> Result<(), End> {
         let (cpu, unit, dim, hidden) = (self.cpu, layer + 1, self.layout.dim, self.layout.hidden);
         let Layer { mlp_norm: gain, gate_up, down, .. } = self.layout.layer.clone();
         let w = self.weights[unit];
@@ -269,7 +269,7 @@ impl<R: Real> Pass<'_, R> {
         look(seen(LayerPart::Output), dstream, dim)
     }
 
-    fn backward_attention(&self, layer: usize, kept: &Kept<R>, dstream: &mut Vec<R>) -> Result<(), End> {
+    fn backward_attention(&self, layer: usize, kept: &Kept<R>, dstream: &mut [R]) -> Result<(), End> {
         let (cpu, unit, dim, width) = (self.cpu, layer + 1, self.layout.dim, self.layout.qkv());
         let Layer { attention_norm: gain, qkv, output, .. } = self.layout.layer.clone();
         let (w, shape) = (self.weights[unit], self.shape());
