@@ -36,7 +36,9 @@ pub struct Report {
     pub holds: bool,
     /// Steps of the committed history.
     pub steps: u64,
-    /// Samples of them.
+    /// Those of them that passed without an update.
+    pub skipped: u64,
+    /// Samples of them, of skipped ones included.
     pub samples: u64,
     /// Counted tokens of them, as the ledger says.
     pub tokens: u64,
@@ -168,6 +170,7 @@ pub fn audit(run: &RunDir) -> Result<Report, Failure> {
         run: run.spec().name.clone(),
         holds: checks.iter().all(|check| check.holds),
         steps,
+        skipped: told.steps.iter().filter(|step| step.skipped).count() as u64,
         samples: steps.saturating_mul(per_step),
         tokens: told.steps.iter().fold(0, |sum, step| sum.saturating_add(step.tokens)),
         head: told.head,

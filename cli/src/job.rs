@@ -1,6 +1,7 @@
 //! A job: a run file with what it leads to, ready to be started.
 
 use crate::config::{self, Kernels, Override, Settings};
+use crate::fits;
 use crate::preparing::Preparing;
 use crate::run_dir::{RunDir, RunDirError};
 use crate::say;
@@ -52,6 +53,14 @@ pub struct Job {
 }
 
 impl Args {
+    /// The run file as understood, where all workers are to be on this machine and fit there.
+    ///
+    /// # Errors
+    /// With what is wrong in the file, or what would fit.
+    pub fn fits_here(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
+        Ok(fits::check(&config::load(&self.file, &self.overrides())?)?)
+    }
+
     fn overrides(&self) -> Vec<Override> {
         let mut all: Vec<Override> = self.set.iter().map(|s| Override::set(s)).collect();
         if let Some(workers) = self.workers {

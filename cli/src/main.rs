@@ -6,6 +6,7 @@ mod chaos;
 mod commands;
 mod config;
 mod estimate;
+mod fits;
 mod job;
 mod preparing;
 mod run_data;
@@ -15,7 +16,9 @@ mod telemetry;
 mod view;
 mod watch;
 
+use caravan_worker::Exit;
 use clap::{Parser, Subcommand};
+use commands::train::TrainError;
 use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -92,8 +95,16 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&*error) => ExitCode::SUCCESS,
         Err(error) => {
             say(&format!("error: {}", with_causes(&*error)));
-            ExitCode::FAILURE
+            exit_code(&*error)
         }
+    }
+}
+
+/// 1, but for a run that stopped before a step that is not finite, which is no fault of a machine.
+fn exit_code(error: &(dyn Error + 'static)) -> ExitCode {
+    match error.downcast_ref() {
+        Some(TrainError::NonFinite(_)) => ExitCode::from(Exit::NonFinite as u8),
+        _ => ExitCode::FAILURE,
     }
 }
 

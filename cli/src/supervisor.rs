@@ -271,7 +271,7 @@ fn spawn(worker: &Worker, slot: u32, log: &Path) -> io::Result<Child> {
 /// How a process ended, and whether it helps to start it again; nothing where it did what it
 /// was told: also where the run cannot go on, as the coordinator says why.
 fn outcome(status: io::Result<ExitStatus>) -> Option<(String, bool)> {
-    let told = [Exit::Good, Exit::RunFailed].map(|e| e as i32);
+    let told = [Exit::Good, Exit::RunFailed, Exit::NonFinite].map(|e| e as i32);
     match status {
         Err(e) => Some((format!("could not be waited for: {e}"), false)),
         Ok(status) if status.code().is_some_and(|c| told.contains(&c)) => None,

@@ -76,7 +76,7 @@ async fn coordinate(sessions: usize, kills: usize) -> Outcome<()> {
 fn options(dir: &Path, workers: usize) -> Option<Options> {
     let lanes = workers.next_power_of_two() as u32 / 2;
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "sessions".into(),
         model: ModelShape::preset("15m")?,
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
@@ -221,7 +221,7 @@ fn report(
             weights.extend(here.map(|(id, _)| id));
         }
     }
-    Report { generation, applied: Step(0), norm: None, state, weights, prepared: None, sums: Vec::new() }
+    Report { generation, applied: Step(0), verdict: None, state, weights, prepared: None, sums: Vec::new() }
 }
 
 /// One session that is killed with its process.

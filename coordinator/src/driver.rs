@@ -263,6 +263,7 @@ impl<S: Store> Driver<S> {
             match output {
                 Output::Committed { committed, members } => ledger.step(committed, members).await?,
                 Output::Persist(Record::Plan(plan)) => ledger.goes_on_from(plan.base).await?,
+                Output::Halted { step, what } => ledger.halt(*step, *what).await?,
                 _ => {}
             }
         }
@@ -295,7 +296,8 @@ impl<S: Store> Driver<S> {
     /// Does one thing that the core wants done; says so when that was the last one.
     async fn carry_out(&mut self, output: Output) -> Option<Farewell> {
         match output {
-            Output::Persist(_) => {}
+            // Written down already.
+            Output::Persist(_) | Output::Halted { .. } => {}
             Output::Welcome { session, worker, committed } => self.welcome(session, worker, committed),
             Output::Refuse { session, refusal } => {
                 self.tell(session, Down::Refused(refusal).into());
@@ -392,7 +394,8 @@ impl<S: Store> Driver<S> {
         self.shown = Shown { at: now, what, stale: false };
         let (phase, generation, checkpoint) = what;
         let workers = core.workers(self.now());
-        let view = View { phase, generation, step: self.step(), checkpoint, workers };
+        let skipped = self.parts.ledger.skipped();
+        let view = View { phase, generation, step: self.step(), checkpoint, skipped, workers };
         self.parts.journal.view(view).await;
     }
 

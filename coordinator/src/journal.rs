@@ -15,7 +15,7 @@ use crate::history::History;
 use crate::metrics::Metrics;
 use caravan_types::message::Committed;
 use caravan_types::status::{Event, LoggedEvent, Phase, Snapshot, StepMetrics, WorkerStatus};
-use caravan_types::{Generation, RunSpec, Step};
+use caravan_types::{Generation, RunSpec, Step, Verdict};
 use file::MetricsFile;
 use serde::Serialize;
 use std::io;
@@ -53,6 +53,7 @@ pub(crate) struct View {
     pub generation: Generation,
     pub step: Step,
     pub checkpoint: Option<Step>,
+    pub skipped: u64,
     pub workers: Vec<WorkerStatus>,
 }
 
@@ -217,6 +218,10 @@ impl Journal {
             _ => measured,
         };
         self.last_commit = Some((at, generation));
+        // A point of a curve it is not; what people are told of it is an event.
+        if committed.verdict() == Verdict::Skip {
+            return;
+        }
         let tokens = self.spec.batch.tokens_per_step();
         let metrics = StepMetrics {
             step,
@@ -249,13 +254,13 @@ impl Journal {
     }
 
     fn view(&mut self, view: View) {
-        let View { phase, generation, step, checkpoint, workers } = view;
+        let View { phase, generation, step, checkpoint, skipped, workers } = view;
         let (run, steps) = (self.spec.name.clone(), self.spec.recipe.steps);
         let ended = matches!(phase, Phase::Drained | Phase::Finished | Phase::Failed);
         let eta_seconds = if ended { None } else { self.history.seconds_for(steps.saturating_sub(step.0)) };
         let last = self.history.last();
         let snapshot =
-            Snapshot { run, phase, generation, step, steps, last, eta_seconds, checkpoint, workers };
+            Snapshot { run, phase, generation, step, steps, last, eta_seconds, checkpoint, skipped, workers };
         self.metrics.observe(&snapshot);
         let snapshot = Arc::new(snapshot);
         self.publish.send_replace(Arc::clone(&snapshot));

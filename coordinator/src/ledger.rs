@@ -13,8 +13,9 @@
 //!
 //! where the hash is BLAKE3 over the 32 bytes of the hash before it (zeros before the first one)
 //! and the entry's bytes as they stand there. Lines are only ever added. The history that they
-//! tell is read from top to bottom: a `step` is the one after the newest, and a `back` takes
-//! away all steps after the one that the run went back to.
+//! tell is read from top to bottom: a `step` is the one after the newest, and so is a `skip`, which
+//! has changed no weights; a `back` takes away all steps after the one that the run went back to;
+//! a `halt` changes nothing.
 //!
 //! A step is not worth an fsync, which takes as long as a step of a small model. What outlives a
 //! crash of the host is: before the store remembers a generation, a plan or a checkpoint, before
@@ -30,11 +31,11 @@ pub use error::{Disorder, Flaw, LedgerError};
 pub use read::{Line, Reader, after, newest};
 pub use write::Ledger;
 
-use caravan_types::{Digest, Generation, RunSpec, Step, WorkerId};
+use caravan_types::{Digest, Generation, NotFinite, RunSpec, Step, WorkerId};
 use serde::{Deserialize, Serialize};
 
 /// Version of the ledger's format; a reader refuses any other.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// One line of the ledger.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -71,6 +72,40 @@ pub enum Entry {
         end: u64,
         /// Members of the plan that committed it, ascending.
         members: Vec<WorkerId>,
+        /// As in `open`.
+        unix_ms: u64,
+    },
+    /// A step passed without an update, since its loss or gradient is not finite: its samples are
+    /// used up.
+    Skip {
+        /// As in `step`.
+        step: Step,
+        /// As in `step`.
+        generation: Generation,
+        /// As in `step`.
+        #[serde(with = "caravan_types::exact")]
+        loss: f64,
+        /// As in `step`.
+        #[serde(with = "caravan_types::exact")]
+        norm: f64,
+        /// As in `step`.
+        tokens: u64,
+        /// As in `step`.
+        first: u64,
+        /// As in `step`.
+        end: u64,
+        /// As in `step`.
+        members: Vec<WorkerId>,
+        /// As in `open`.
+        unix_ms: u64,
+    },
+    /// The run ended before a step whose loss or gradient is not finite; that step is not a part
+    /// of the history.
+    Halt {
+        /// The step.
+        step: Step,
+        /// What is not finite.
+        what: NotFinite,
         /// As in `open`.
         unix_ms: u64,
     },

@@ -45,6 +45,8 @@ impl Trace {
             | Event::LoadFailed { .. }
             | Event::Diverged { .. }
             | Event::Corrupt { .. }
+            | Event::Skipped { .. }
+            | Event::NonFinite { .. }
             | Event::Failed { .. }
             | Event::NoPlan { .. } => warn!(parent: span, "{event}"),
             _ => info!(parent: span, "{event}"),

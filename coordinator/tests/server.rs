@@ -32,7 +32,7 @@ const DETECT_MS: u64 = 400;
 
 fn options(dir: &Path) -> Options {
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "demo".into(),
         model: ModelShape::preset("260k").unwrap(),
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
@@ -130,7 +130,7 @@ impl Worker {
                     let report = Report {
                         generation,
                         applied: Step(0),
-                        norm: None,
+                        verdict: None,
                         state: SliceSet::default(),
                         weights: SliceSet::default(),
                         prepared: None,

@@ -43,7 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 RAW, SKETCH = 1024, 256
 SEED = 2307_09288
 RECIPE = dict(steps=10, warmup_steps=3, learning_rate=0.003, final_ratio=0.1, beta1=0.9, beta2=0.95,
-              epsilon=1e-5, weight_decay=0.1, clip_norm=1.0)
+              epsilon=1e-5, weight_decay=0.1, clip_norm=1.0, non_finite="stop")
 # The shape's epsilon is a float32 on our side.
 EPS = struct.unpack("f", struct.pack("f", 1e-5))[0]
 

@@ -55,6 +55,7 @@ fn exploration() -> ExitCode {
         lanes: small("--lanes", usual.lanes),
         stages: small("--stages", usual.stages),
         redundancy: small("--owners", usual.redundancy),
+        skipped: number("--skipped"),
         mutant: word("--mutant").and_then(|name| explore::mutant(&name)),
         eager: !std::env::args().any(|arg| arg == "--all"),
         most_states: number("--states").map_or(usual.most_states, |n| n as usize),

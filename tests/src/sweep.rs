@@ -1,6 +1,6 @@
 //! Many seeds of the simulation, on all cores.
 
-use crate::sim::{Broken, Mutant, Options, Truth, run};
+use crate::sim::{Bad, Broken, Mutant, Options, Truth, run};
 use caravan_types::message::Farewell;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-/// By lanes, micro-batches and steps.
-type Known = Arc<Mutex<BTreeMap<(u32, u32, u64), Arc<Truth>>>>;
+/// What decides bits: lanes, micro-batches, steps, and those that are not finite.
+type Bits = (u32, u32, u64, Vec<Bad>);
+type Known = Arc<Mutex<BTreeMap<Bits, Arc<Truth>>>>;
 
-/// What quiet runs on one worker come to, by lanes and micro-batches; made when first asked for.
+/// What quiet runs on one worker come to, by what decides bits; made when first asked for.
 #[derive(Clone, Default)]
 pub struct Truths {
     known: Known,
@@ -26,10 +27,11 @@ impl Truths {
     #[must_use]
     #[allow(clippy::expect_used, clippy::panic, reason = "nothing can be compared without it")]
     pub fn of(&self, options: &Options) -> Arc<Truth> {
-        let key = (options.lanes, options.micro_batches, options.steps);
+        let key = (options.lanes, options.micro_batches, options.steps, options.bad.clone());
         let mut known = self.known.lock().expect("nobody panics while it is held");
         let make = || {
             let quiet = Options::quiet(options.lanes, options.micro_batches, options.steps);
+            let quiet = Options { bad: options.bad.clone(), ..quiet };
             Arc::new(run(&quiet, None).unwrap_or_else(|e| panic!("quiet run: {e}")).1)
         };
         Arc::clone(known.entry(key).or_insert_with(make))

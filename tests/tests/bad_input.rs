@@ -48,6 +48,20 @@ fn every_wrong_setting_of_a_file_is_told_at_once_with_what_would_be_right() {
 }
 
 #[test]
+fn a_shape_that_does_not_fit_into_memory_is_refused_before_anything_is_prepared_with_what_would_fit() {
+    let place = Place::new();
+    let sets = ["model.dim=16384", "model.layers=200", "model.heads=128", "model.hidden=53248"];
+    let args: Vec<&str> = sets.iter().flat_map(|s| ["--set", *s]).collect();
+    let error = refused(&place, &args);
+    for said in
+        ["does not fit into the memory of this machine", "the shape of model.preset", "caravan coordinator"]
+    {
+        assert!(error.contains(said), "{said}: {error}");
+    }
+    assert!(!place.dir.path().join("run").exists() && !place.dir.path().join(".caravan").exists());
+}
+
+#[test]
 fn a_taken_port_is_named() {
     let place = Place::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -20,6 +20,7 @@ fn one_fault_of_any_kind_at_any_moment_breaks_nothing() {
         usual.clone(),
         Options { steps: 3, ..usual.clone() },
         Options { lanes: 4, ..usual.clone() },
+        Options { skipped: Some(2), ..usual.clone() },
         Options { redundancy: 1, ..usual.clone() },
         Options { redundancy: 3, ..usual.clone() },
         Options { stages: 2, lanes: 1, ..usual.clone() },
@@ -50,13 +51,14 @@ fn what_happens_at_once_leads_to_the_same_ends() {
 }
 
 /// Bugs with the faults that it takes to find each, and the invariant that it breaks.
-const FOUND: [(&str, usize, &[Kind], u64, &str); 12] = [
+const FOUND: [(&str, usize, &[Kind], u64, &str); 13] = [
     ("ApplyEarly", 1, &[Kind::Crash], 2, "C-2"),
     ("StalePlan", 1, &[Kind::Coordinator], 2, "C-1"),
     ("VoteOfAnotherStep", 1, &[Kind::Join], 3, "L-1"),
     ("NormByMember", 0, &[], 2, "N-1"),
     ("DropBeforeCommit", 2, &[Kind::Join, Kind::Crash], 2, "C-2"),
     ("ReportAndGoOn", 1, &[Kind::Crash], 2, "L-1"),
+    ("ApplySkipped", 1, &[Kind::Crash], 2, "L-1"),
     ("HealFromAnotherStep", 1, &[Kind::Break], 2, "L-1"),
     ("DropLeaversSlices", 2, &[Kind::Leave], 2, "C-2"),
     ("PlanToldOnce", 2, &[Kind::Crash, Kind::Coordinator], 2, "L-1"),
@@ -71,6 +73,8 @@ fn classic_bugs_are_found_and_the_way_there_can_be_told_again() {
         let bug = mutant(name).unwrap();
         let options =
             Options { faults, kinds: kinds.to_vec(), steps, mutant: Some(bug), ..Options::default() };
+        let skipped = (name == "ApplySkipped").then_some(2);
+        let options = Options { skipped, ..options };
         let Err(violation) = explore(&options, |_| {}) else { panic!("{name} is not found") };
         let reason: String = violation.reason.chars().take(100).collect();
         println!("| {name} | {} choices | {reason} |", violation.trace.len());

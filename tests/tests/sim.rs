@@ -76,7 +76,7 @@ fn whoever_computes_something_wrong_is_named_and_cut_out_and_the_bits_are_right(
 }
 
 /// Every bug with seeds within which it is found.
-const MUTANTS: [(&str, Mutant); 17] = [
+const MUTANTS: [(&str, Mutant); 18] = [
     ("generations forgotten by a restarted coordinator", Mutant::ForgetGenerations),
     ("a step applied before all are prepared", Mutant::Worker(W::ApplyEarly)),
     ("a stale plan accepted", Mutant::Worker(W::StalePlan)),
@@ -93,6 +93,7 @@ const MUTANTS: [(&str, Mutant); 17] = [
     ("old slices dropped before the first commit", Mutant::Worker(W::DropBeforeCommit)),
     ("votes counted and not compared", Mutant::Worker(W::BlindVote)),
     ("a report that is no promise", Mutant::Worker(W::ReportAndGoOn)),
+    ("a skipped step applied by who was only prepared", Mutant::Worker(W::ApplySkipped)),
     ("a restarted coordinator that tells no plan again", Mutant::Coordinator(C::PlanToldOnce)),
 ];
 

@@ -19,7 +19,7 @@ use caravan_types::lanes::cover;
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    Generation, Lane, MicroBatch, MicroId, Node, Part, RunSpec, SliceId, SliceSet, SliceTable, Step,
+    Generation, Lane, MicroBatch, MicroId, Node, Part, RunSpec, SliceId, SliceSet, SliceTable, Step, Verdict,
 };
 use std::error::Error;
 use std::io::{Read, Write};
@@ -185,7 +185,7 @@ impl Member {
         }
         let [norm, loss] = self.sum([norm, loss])?;
         let slices: SliceSet = self.chunks[own].iter().copied().collect();
-        self.engine.run(Task::Apply { step, norm: norm.sqrt(), slices })?;
+        self.engine.run(Task::Apply { step, verdict: Verdict::Update { norm: norm.sqrt() }, slices })?;
         self.publish(step, table, sums)?;
         Ok(loss)
     }

@@ -331,6 +331,9 @@ fn phase(parent: &Span, job: &Job) -> Span {
         Job::Run(Task::Apply { step, slices, .. }) => {
             info_span!(parent: parent, "apply", step = step.0, slices = slices.len())
         }
+        Job::Run(Task::Diagnose { step, lanes, .. }) => {
+            info_span!(parent: parent, "diagnose", step = step.0, lanes = lanes.len())
+        }
         Job::Run(Task::Save { step, slices, .. }) => {
             info_span!(parent: parent, "save", step = step.0, slices = slices.len())
         }

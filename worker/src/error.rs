@@ -113,6 +113,8 @@ pub enum Exit {
     RunFailed = 14,
     /// This worker had wrong bits.
     Corrupt = 15,
+    /// The run stopped before a step whose loss or gradient is not finite.
+    NonFinite = 16,
     /// Ended by a second signal: 128 + SIGINT, as shells have it.
     Interrupted = 130,
 }
@@ -124,6 +126,7 @@ impl From<&Result<Farewell, WorkerError>> for Exit {
             Ok(Farewell::Fenced) => Self::Fenced,
             Ok(Farewell::Failed) => Self::RunFailed,
             Ok(Farewell::Corrupt) => Self::Corrupt,
+            Ok(Farewell::NonFinite) => Self::NonFinite,
             Err(WorkerError::Corrupt { .. }) => Self::Corrupt,
             Err(WorkerError::Address(_) | WorkerError::Listen { .. }) => Self::Usage,
             Err(WorkerError::Refused(Refusal::Fenced { .. })) => Self::Fenced,

@@ -153,6 +153,7 @@ fn config(welcome: &Welcome) -> Config {
         batch: welcome.spec.batch,
         steps: welcome.spec.recipe.steps,
         checkpoint_every: welcome.checkpoint_every,
+        non_finite: welcome.spec.recipe.non_finite,
         timing: welcome.timing,
     }
 }

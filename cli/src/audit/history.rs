@@ -3,7 +3,7 @@
 use super::{Check, Faults, Subject};
 use crate::estimate::grouped;
 use caravan_coordinator::ledger::{Entry, FORMAT, Flaw, Line, Reader, after, line};
-use caravan_types::{Digest, Generation, Step};
+use caravan_types::{Digest, Generation, NotFinite, Step};
 use std::io;
 use std::path::Path;
 
@@ -20,6 +20,8 @@ pub struct Counted {
     pub end: u64,
     /// Its counted tokens.
     pub tokens: u64,
+    /// Whether it passed without an update.
+    pub skipped: bool,
 }
 
 /// A ledger that is being read.
@@ -36,6 +38,7 @@ pub struct History {
     /// The committed history so far: about 40 MB for a million steps.
     steps: Vec<Counted>,
     backs: u64,
+    halts: u64,
     undone: u64,
     generations: Option<(Generation, Generation)>,
     chain: Faults,
@@ -73,6 +76,7 @@ impl History {
             last: None,
             steps: Vec::new(),
             backs: 0,
+            halts: 0,
             undone: 0,
             generations: None,
             chain: Faults::default(),
@@ -118,7 +122,10 @@ impl History {
         if let Err(disorder) = &next {
             self.order.add(|| format!("line {line}: {disorder}"));
         }
+        let skipped = matches!(entry, Entry::Skip { .. });
         match entry {
+            // The history does not change.
+            Entry::Halt { .. } => self.halts += 1,
             Entry::Open { spec, base, .. } => {
                 if spec != self.spec {
                     let ours = self.spec;
@@ -131,14 +138,20 @@ impl History {
                     self.last = Some(base);
                 }
             }
-            Entry::Step { step, generation, tokens, first, end, .. } => {
+            Entry::Step { step, generation, loss, norm, tokens, first, end, .. }
+            | Entry::Skip { step, generation, loss, norm, tokens, first, end, .. } => {
+                if skipped != NotFinite::of(norm, loss).is_some() {
+                    let is = if skipped { "was skipped" } else { "was applied" };
+                    self.order
+                        .add(|| format!("line {line}: step {step} {is} with loss {loss} and norm {norm}"));
+                }
                 let (lowest, newest) = self.generations.unwrap_or((generation, generation));
                 if generation < newest {
                     self.falling
                         .add(|| format!("line {line}: step {step} is of {generation}, after {newest}"));
                 }
                 self.generations = Some((lowest.min(generation), newest.max(generation)));
-                self.steps.push(Counted { step, line, first, end, tokens });
+                self.steps.push(Counted { step, line, first, end, tokens, skipped });
                 self.last = Some(step);
             }
             Entry::Back { to, .. } => {
@@ -180,7 +193,8 @@ impl History {
             });
         }
         let (lines, head) = (self.lines, self.head.unwrap_or_default());
-        let (backs, undone) = (self.backs, self.undone);
+        let (backs, halts, undone) = (self.backs, self.halts, self.undone);
+        let skipped = told_skipped(&self.steps);
         let range = self.steps.first().zip(self.steps.last()).map(|(a, b)| (a.step, b.step));
         let checks = vec![
             self.chain.check(Subject::Chain, || {
@@ -192,13 +206,18 @@ impl History {
             self.format.check(Subject::Format, || format!("version {FORMAT}")),
             self.run_spec.check(Subject::RunSpec, || format!("that of spec.json, {}", self.spec)),
             self.order.check(Subject::History, || {
-                let steps =
+                let mut found =
                     range.map_or("no step yet".to_owned(), |(a, b)| format!("steps {a} to {b}, each once"));
-                match backs {
-                    0 => steps,
-                    1 => format!("{steps}; the run went back once, and {undone} steps were undone"),
-                    _ => format!("{steps}; the run went back {backs} times, and {undone} steps were undone"),
+                let times = |n: u64| if n == 1 { "once".to_owned() } else { format!("{n} times") };
+                if backs > 0 {
+                    let times = times(backs);
+                    found += &format!("; the run went back {times}, and {undone} steps were undone");
                 }
+                if halts > 0 {
+                    let times = times(halts);
+                    found += &format!("; it stopped {times} before a step that was not finite");
+                }
+                found + &skipped
             }),
             self.falling.check(Subject::Generations, || match self.generations {
                 Some((first, last)) => format!("from {first} to {last}, never falling"),
@@ -206,6 +225,18 @@ impl History {
             }),
         ];
         Ok(Told { readable: true, base: self.base, steps: self.steps, head: self.head, checks })
+    }
+}
+
+/// Which steps passed without an update, behind what else is said.
+fn told_skipped(steps: &[Counted]) -> String {
+    let skipped: Vec<String> = steps.iter().filter(|s| s.skipped).map(|s| s.step.to_string()).collect();
+    let told = skipped[..skipped.len().min(super::MOST_TOLD)].join(", ");
+    let more = if skipped.len() > super::MOST_TOLD { ", …" } else { "" };
+    match skipped.len() {
+        0 => String::new(),
+        1 => format!("; step {told} was skipped"),
+        n => format!("; {n} were skipped: {told}{more}"),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::commands::testing::Tiny;
 use caravan_coordinator::ledger::{Entry, FORMAT, line};
-use caravan_types::{Generation, WorkerId};
+use caravan_types::{Generation, NotFinite, WorkerId};
 use std::fs;
 
 /// Samples of a step of the tiny run.
@@ -79,6 +79,37 @@ fn a_good_run_passes_with_its_numbers() {
     assert!(found.contains(&"0 to 39, without gap or overlap, 4 a step"), "{found:?}");
     assert!(found.iter().any(|f| f.starts_with("epoch 0 used 40 of its ")), "{found:?}");
     assert_eq!(found[8], "2, of steps 3, 10");
+}
+
+/// The same step without an update.
+fn skipped(entry: Entry) -> Entry {
+    let Entry::Step { step, generation, norm, tokens, first, end, members, unix_ms, .. } = entry else {
+        panic!("{entry:?}")
+    };
+    Entry::Skip { step, generation, loss: f64::NAN, norm, tokens, first, end, members, unix_ms }
+}
+
+#[test]
+fn samples_of_a_skipped_step_count_once_and_a_halt_counts_nothing() {
+    let tiny = Tiny::new();
+    let mut entries = good(&tiny);
+    entries[13] = skipped(entries[13].clone());
+    entries.insert(13, Entry::Halt { step: Step(10), what: NotFinite::Loss, unix_ms: 1 });
+    let report = audited(&tiny, &lines(&entries));
+    assert_eq!(faults(&report), (vec![], String::new()));
+    assert_eq!((report.steps, report.samples, report.skipped), (10, 40, 1));
+    let history = report.checks.iter().find(|check| check.subject == Subject::History).unwrap();
+    assert!(
+        history.found[0].ends_with("it stopped once before a step that was not finite; step 10 was skipped")
+    );
+
+    // Nobody skips a step whose loss and gradient are finite.
+    if let Some(Entry::Skip { loss, .. }) = entries.last_mut() {
+        *loss = 1.0;
+    }
+    let (subjects, found) = faults(&audited(&tiny, &lines(&entries)));
+    assert_eq!(subjects, ["history"]);
+    assert!(found.contains("step 10 was skipped with loss 1 and norm 0.1"), "{found}");
 }
 
 #[test]
@@ -159,7 +190,7 @@ fn a_ledger_of_another_run_or_version_or_with_a_late_beginning_is_named() {
     assert_eq!(failed, ["run spec"]);
     assert!(found.contains("the ledger is that of a run with spec "), "{found}");
     let (failed, found) = with(opened(7, 1, 0), &[]);
-    assert_eq!((failed, found.as_str()), (vec!["format".to_owned()], "version 7, this program reads 1"));
+    assert_eq!((failed, found.as_str()), (vec!["format".to_owned()], "version 7, this program reads 2"));
     let (failed, found) = with(opened(FORMAT, 1, 3), &entries[7..]);
     assert_eq!((failed, found.lines().count()), (vec!["history".to_owned()], 1), "{found}");
     assert!(found.contains("the ledger begins after step 3"), "{found}");
@@ -216,7 +247,14 @@ fn every_epoch_is_gone_through_to_its_end_each_sequence_once() {
     let tiny = Tiny::new();
     let sampler = run_data::sampler(&tiny.run).unwrap();
     let windows = sampler.windows();
-    let counted = |n: u64| Counted { step: Step(n), line: n + 1, first: 4 * (n - 1), end: 4 * n, tokens: 0 };
+    let counted = |n: u64| Counted {
+        step: Step(n),
+        line: n + 1,
+        first: 4 * (n - 1),
+        end: 4 * n,
+        tokens: 0,
+        skipped: false,
+    };
     let steps: Vec<_> = (1..=windows).map(counted).collect();
     let check = data::sequences(&sampler, &steps);
     assert!(check.holds && check.found[0].starts_with("3 epochs used each of their"), "{check:?}");

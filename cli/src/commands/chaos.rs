@@ -94,6 +94,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     let _telemetry = telemetry::init("coordinator", &LogTarget::File(log(&folder)?))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
 
+    args.job.fits_here()?;
     let part = |workers, name: &str| job::Args { workers, run: Some(folder.join(name)), ..args.job.clone() };
     let mut chaos = Job::open(&part(args.job.workers, "chaos"))?;
     let request = args.request(seed, &chaos)?;

@@ -81,6 +81,7 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "epsilon", r.epsilon, "")?;
     line(out, "weight_decay", r.weight_decay, "")?;
     line(out, "clip_norm", r.clip_norm, "")?;
+    line(out, "non_finite", r.non_finite.to_string(), "a step whose loss or gradient is not finite")?;
 
     let c = &s.cluster;
     writeln!(out, "\n[cluster]")?;
@@ -237,6 +238,7 @@ mod tests {
                 "cluster.heartbeat=100ms",
                 "cluster.stragglers=rebalance",
                 "recipe.learning_rate=0.30000000000000004",
+                "recipe.non_finite=skip",
             ],
         ] {
             let file = dir.path().join("again.toml");

@@ -28,6 +28,6 @@ pub fn run(args: &Args) -> Outcome {
     })?;
     match farewell {
         Farewell::Finished | Farewell::Drained => Ok(()),
-        _ => Err(TrainError::Failed(job.log).into()),
+        other => Err(TrainError::of(other, job.log).into()),
     }
 }

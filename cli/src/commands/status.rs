@@ -95,6 +95,10 @@ fn print(s: &Snapshot, out: &mut dyn Write) -> io::Result<()> {
     if let Some(step) = s.checkpoint {
         writeln!(out, "newest checkpoint: step {step}")?;
     }
+    if s.skipped > 0 {
+        let steps = if s.skipped == 1 { "step was" } else { "steps were" };
+        writeln!(out, "{} {steps} skipped: a loss or gradient was not finite", s.skipped)?;
+    }
     if s.workers.is_empty() {
         return writeln!(out, "no workers");
     }
@@ -175,13 +179,17 @@ mod tests {
             step: Step(3),
             steps: 9,
             checkpoint: Some(Step(2)),
+            skipped: 1,
             workers: vec![worker, joining],
             ..Snapshot::default()
         };
         let mut out = Vec::new();
         print(&snapshot, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
-        assert!(text.starts_with("run r: running, g2\nstep 3/9\nnewest checkpoint: step 2\n"), "{text}");
+        assert!(
+            text.starts_with("run r: running, g2\nstep 3/9\nnewest checkpoint: step 2\n1 step was skipped: "),
+            "{text}"
+        );
         let row = text.lines().find(|l| l.starts_with("w4")).unwrap();
         assert_eq!(
             row.split_whitespace().collect::<Vec<_>>().join(" "),

@@ -32,7 +32,7 @@ impl Tiny {
         let small = ModelShape::preset("260k").unwrap();
         let model = ModelShape { dim: 32, layers: 1, hidden: 64, vocab: 300, context: 32, ..small };
         let spec = RunSpec {
-            version: 1,
+            version: caravan_types::run_spec::RUN_SPEC_VERSION,
             name: "tiny".into(),
             model,
             data: prepared.spec,

@@ -25,6 +25,12 @@ pub enum TrainError {
     /// The coordinator ended the run.
     #[error("the run cannot go on; its last events say why, and {} has the details", .0.display())]
     Failed(PathBuf),
+    /// The coordinator ended the run before a step that is not finite.
+    #[error(
+        "the run stopped before a step whose loss or gradient is not finite; its last event says what went bad first, \
+         and {} has the details", .0.display()
+    )]
+    NonFinite(PathBuf),
     /// All worker processes were given up.
     #[error("no worker is left: {0}")]
     NoWorkers(String),
@@ -35,8 +41,17 @@ pub enum TrainError {
     Interrupted,
 }
 
+impl TrainError {
+    /// The error of a run that has ended in this way; its log has the details.
+    #[must_use]
+    pub fn of(farewell: Farewell, log: PathBuf) -> Self {
+        if farewell == Farewell::NonFinite { Self::NonFinite(log) } else { Self::Failed(log) }
+    }
+}
+
 /// Trains.
 pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
+    args.fits_here()?;
     let mut job = Job::prepare(args)?;
     let farewell = if job.finished() {
         say("this run is finished already");
@@ -47,7 +62,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
     };
     match farewell {
         Farewell::Finished | Farewell::Drained => conclude(args, &job, farewell, out),
-        _ => Err(TrainError::Failed(job.log).into()),
+        other => Err(TrainError::of(other, job.log).into()),
     }
 }
 

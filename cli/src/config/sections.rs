@@ -7,7 +7,7 @@ use caravan_data::{LEAST_VOCAB, Request};
 use caravan_kernels::Family;
 use caravan_types::progress::Stragglers;
 use caravan_types::timing::DETECT;
-use caravan_types::{BatchShape, ModelShape, Precision, Recipe, Timing};
+use caravan_types::{BatchShape, ModelShape, NonFinitePolicy, Precision, Recipe, Timing};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -207,6 +207,10 @@ fn recipe(r: &mut Reader, model: Option<&ModelShape>) -> Option<Recipe> {
     let epsilon = r.number("recipe.epsilon", 1e-15..=1.0);
     let weight_decay = r.number("recipe.weight_decay", 0.0..=10.0);
     let clip_norm = r.number("recipe.clip_norm", 1e-6..=1e6);
+    let policies = [NonFinitePolicy::Stop, NonFinitePolicy::Skip];
+    let non_finite = r.choice("recipe.non_finite", "\"stop\", \"skip\"", |name| {
+        policies.into_iter().find(|policy| policy.to_string() == name)
+    });
     let large = model.is_some_and(|m| m.parameters() >= LARGE_MODEL);
     let peak = if large { paper.learning_rate / 2.0 } else { paper.learning_rate };
     let steps = steps?;
@@ -225,6 +229,7 @@ fn recipe(r: &mut Reader, model: Option<&ModelShape>) -> Option<Recipe> {
         epsilon: epsilon.unwrap_or(paper.epsilon),
         weight_decay: weight_decay.unwrap_or(paper.weight_decay),
         clip_norm: clip_norm.unwrap_or(paper.clip_norm),
+        non_finite: non_finite.unwrap_or(paper.non_finite),
     })
 }
 

@@ -14,7 +14,7 @@ use caravan_types::task::SavedPart;
 use caravan_types::timing::millis;
 use caravan_types::{
     BatchShape, Digest, Generation, ModelShape, NumericsClass, Plan, Precision, SliceId, SliceSet, SliceSum,
-    SliceTable, Step, Timing, WorkerId,
+    SliceTable, Step, Timing, Verdict, WorkerId,
 };
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
@@ -107,7 +107,7 @@ impl Bench {
             let report = Report {
                 generation,
                 applied,
-                norm: Some(1.0),
+                verdict: Some(Verdict::Update { norm: 1.0 }),
                 state: has.state,
                 weights: has.weights,
                 prepared: None,

@@ -64,7 +64,7 @@ fn measure(preset: &str, workers: u64, lanes: u32, mixed: bool) -> Result<(), No
     let demand =
         Demand { shape, batch, precision: Precision::Fp32, redundancy: 2, stages: None, link_bytes_per_s };
     let mut candidates: Vec<Candidate> = (0..workers).map(|id| worker(id, mixed)).collect();
-    let start = Start { base: Step(0), norm: None, origin: Source::Init };
+    let start = Start { base: Step(0), verdict: None, origin: Source::Init };
     let clock = Instant::now();
     let first = plan(&demand, &table, Generation(1), start, &candidates, &[], &[])?;
     let fresh = clock.elapsed();

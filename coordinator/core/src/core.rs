@@ -6,6 +6,7 @@ use crate::corrupt::Disputes;
 use crate::fallback::Fallback;
 use crate::hang::{self, Culprit};
 use crate::members::{Members, Worker};
+use crate::non_finite::Halt;
 use crate::pace::Balance;
 use crate::planner::{self, Candidate, Demand};
 use crate::regroup::{self, Agreement};
@@ -18,7 +19,8 @@ use caravan_types::progress::Doing;
 use caravan_types::status::{Event, LossReason, Phase, WorkerStatus};
 use caravan_types::timing::millis;
 use caravan_types::{
-    Generation, Member, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, Transfer, WorkerId, cost,
+    Generation, Member, NotFinite, Part, Plan, SliceId, SliceSet, SliceTable, Source, Step, Transfer,
+    WorkerId, cost,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -56,6 +58,8 @@ pub struct Core {
     /// When it was last looked for members that stand still.
     looked: Millis,
     pub(crate) draining: bool,
+    /// The next step is not finite, and the run is to end before it.
+    pub(crate) halt: Option<Halt>,
     /// The step that is written down before everybody goes.
     pub(crate) saving: Option<Step>,
     /// While recovering: members that are not back yet.
@@ -108,6 +112,7 @@ impl Core {
             away: Away::default(),
             looked: now,
             draining: false,
+            halt: None,
             saving: None,
             awaited,
             missed: BTreeSet::new(),
@@ -266,6 +271,7 @@ impl Core {
                 self.diverged(now, worker, generation, disputes, out)
             }
             FromWorker::Settled { generation, disputes } => self.settled(now, generation, &disputes, out),
+            FromWorker::NonFinite(told) => self.non_finite(now, worker, told, out),
             FromWorker::Corrupt { what } => {
                 self.disputes.forget(worker);
                 out.push(Output::Note(Event::Corrupt { worker, what }));
@@ -374,9 +380,10 @@ impl Core {
             Phase::Gathering => {
                 self.deadline.get_or_insert(now + millis(self.config.timing.answer()));
             }
-            Phase::Regrouping if self.boundary && dead() => self.stop(now, false, out),
+            Phase::Regrouping if self.boundary && (dead() || self.is_halted()) => self.stop(now, false, out),
             Phase::Regrouping => self.decide(now, out),
             Phase::Running | Phase::Draining if dead() => self.stop(now, false, out),
+            Phase::Running if self.is_halted() => self.stop(now, false, out),
             Phase::Running if self.wants_change() => self.stop(now, true, out),
             _ => {}
         }
@@ -459,7 +466,8 @@ impl Core {
         self.deadline = None;
         self.accusations.stopped();
         let nobody_stays = self.members.iter().all(|(_, w)| w.leaving);
-        if (self.draining || nobody_stays) && agreement.settled {
+        let halts = self.halt.as_ref().is_some_and(|halt| halt.step == agreement.start.base.next());
+        if (self.draining || nobody_stays || halts) && agreement.settled {
             return self.save(now, &agreement, out);
         }
         match self.fallback.falls_back(&mut agreement, self.checkpoint) {
@@ -499,6 +507,8 @@ impl Core {
         for worker in plan.members.iter().map(|m| m.worker) {
             out.push(Output::Send { worker, message: ToWorker::Plan(Arc::clone(&plan)) });
         }
+        // Whatever was not finite is computed again, and told again.
+        self.halt = None;
         self.balance.planned(plan.base);
         self.disputes.planned();
         self.saves.planned();
@@ -546,7 +556,10 @@ impl Core {
         self.accusations.stepped();
         self.disputes.times = 0;
         self.committed = Some(committed.clone());
+        let skipped = NotFinite::of(committed.norm, committed.loss);
+        let step = committed.step;
         out.push(Output::Committed { committed, members });
+        out.extend(skipped.map(|what| Output::Note(Event::Skipped { step, what })));
         self.consider(now, out);
     }
 }

@@ -115,6 +115,9 @@ impl Core {
                 if ours && (last || self.phase == Phase::Draining) {
                     let reason =
                         format!("its last checkpoint, of step {step}, could not be written: {reason}");
+                    if self.halt.is_some() {
+                        return self.end_halted(Some(&reason), out);
+                    }
                     self.end(Phase::Failed, Event::Failed { reason }, Farewell::Failed, out);
                 }
             }
@@ -161,6 +164,9 @@ impl Core {
     /// What was to be written is written: the run is drained, or, where all workers asked to
     /// leave, waits for others.
     fn release(&mut self, now: Millis, step: Step, out: &mut Vec<Output>) {
+        if self.halt.is_some() {
+            return self.end_halted(None, out);
+        }
         if self.draining {
             return self.end(Phase::Drained, Event::Drained { step }, Farewell::Drained, out);
         }

@@ -83,7 +83,7 @@ impl Core {
         let stop = (self.boundary, deadline, verdict, &self.accusations);
         let saves = (!self.over()).then(|| self.saves.essence(self.checkpoint));
         let run = (&self.committed, self.checkpoint, saves, &self.disputes, &self.fallback);
-        let end = (self.draining, self.saving, &self.awaited, &self.missed);
+        let end = (self.draining, self.saving, &self.awaited, &self.missed, &self.halt);
         (ids, stop, run, end)
     }
 }

@@ -15,7 +15,7 @@
 //! survivors' reports add up to; `planner` turns that into a plan, `owners` deals out
 //! the slices, `saves` watches checkpoints being written, `ending` is how a run ends. `hang` finds who
 //! stands still, `accused` whose connections break, `pace` who is slow, `corrupt` who has wrong bits,
-//! `away` that it was the coordinator itself; `fallback` looks for an older checkpoint; `recover` is
+//! `away` that it was the coordinator itself; `non_finite` ends a run whose next step is not finite; `fallback` looks for an older checkpoint; `recover` is
 //! what a restarted coordinator does first.
 
 #[macro_use]
@@ -32,6 +32,7 @@ mod explore;
 mod fallback;
 mod hang;
 mod members;
+mod non_finite;
 mod owners;
 mod pace;
 mod planner;
@@ -48,7 +49,9 @@ use caravan_types::message::{Committed, Farewell, FromWorker, Hello, Refusal, To
 use caravan_types::progress::Stragglers;
 use caravan_types::status::Event;
 use caravan_types::task::SavedPart;
-use caravan_types::{BatchShape, Generation, ModelShape, NumericsClass, Plan, Step, Timing, WorkerId};
+use caravan_types::{
+    BatchShape, Generation, ModelShape, NotFinite, NumericsClass, Plan, Step, Timing, WorkerId,
+};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -210,6 +213,13 @@ pub enum Output {
         committed: Committed,
         /// Members of the plan that committed it, ascending.
         members: Vec<WorkerId>,
+    },
+    /// The run ends before a step that is not finite: to be written down as history.
+    Halted {
+        /// The step.
+        step: Step,
+        /// Why.
+        what: NotFinite,
     },
     /// The run is over and everybody has been told.
     End(Farewell),

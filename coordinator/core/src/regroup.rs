@@ -1,8 +1,8 @@
 //! What the survivors' reports add up to: the step that the next plan starts from.
 //!
 //! Let A be the largest applied step. Whoever is at A - 1 is prepared for A and can apply it
-//! with the norm that those at A know. Where all who applied A are gone but one of them told the
-//! coordinator A's norm, the prepared ones can still finish it. Prepared by all but applied by
+//! as those at A did: with their norm, or without an update. Where all who applied A are gone but
+//! one of them told the coordinator how, the prepared ones can still finish it. Prepared by all but applied by
 //! none that is known: the step is done again, with the same bits.
 
 use crate::planner::Start;
@@ -40,22 +40,22 @@ pub(crate) fn agree(
     let applied = holders().map(|r| r.applied).max();
     let told = committed.map(|c| c.step);
     if let Some(applied) = applied {
-        let told_norm = committed.filter(|c| c.step == applied.next()).map(|c| c.norm);
+        let told_verdict = committed.filter(|c| c.step == applied.next()).map(Committed::verdict);
         let at_front = || holders().filter(|r| r.applied == applied);
-        let finish = told_norm.filter(|_| at_front().all(|r| r.prepared.is_some()));
+        let finish = told_verdict.filter(|_| at_front().all(|r| r.prepared.is_some()));
         let base = if finish.is_some() { applied.next() } else { applied };
-        let norm = finish.or_else(|| at_front().find_map(|r| r.norm));
+        let verdict = finish.or_else(|| at_front().find_map(|r| r.verdict));
         let holdings: BTreeMap<_, _> = reports.iter().map(|(w, r)| (*w, at(r, base))).collect();
         let kept: SliceSet = holdings.values().flat_map(|h| h.state.iter()).collect();
         if kept.len() == slices {
             let settled = holders().all(|r| r.applied == base);
-            let start = Start { base, norm, origin: Source::Init };
+            let start = Start { base, verdict, origin: Source::Init };
             return Agreement { start, holdings, lost: told.filter(|t| *t > base), settled };
         }
     }
     let base = checkpoint.unwrap_or_default();
     let origin = if checkpoint.is_some() { Source::Checkpoint } else { Source::Init };
-    let start = Start { base, norm: None, origin };
+    let start = Start { base, verdict: None, origin };
     let holdings = reports.keys().map(|w| (*w, Holding::default())).collect();
     let lost = applied.max(told).filter(|newest| *newest > base);
     Agreement { start, holdings, lost, settled: false }
@@ -77,7 +77,7 @@ fn at(report: &Report, base: Step) -> Holding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use caravan_types::{Generation, SliceId};
+    use caravan_types::{Generation, SliceId, Verdict};
 
     fn set(ids: &[u32]) -> SliceSet {
         ids.iter().copied().map(SliceId).collect()
@@ -87,7 +87,7 @@ mod tests {
         Report {
             generation: Generation(2),
             applied: Step(applied),
-            norm: (applied > 0).then_some(applied as f64),
+            verdict: (applied > 0).then_some(Verdict::Update { norm: applied as f64 }),
             state: set(state),
             weights: set(&[0, 1]),
             prepared: prepared.map(set),
@@ -114,7 +114,8 @@ mod tests {
     #[test]
     fn one_behind_and_prepared_finishes_the_step() {
         let a = agree_on(&[report(5, &[0], None), report(4, &[1], Some(&[1]))], None, None);
-        assert_eq!((a.start.base, a.start.norm, a.settled), (Step(5), Some(5.0), false));
+        let verdict = Some(Verdict::Update { norm: 5.0 });
+        assert_eq!((a.start.base, a.start.verdict, a.settled), (Step(5), verdict, false));
         assert_eq!(a.holdings[&WorkerId(2)].state, set(&[1]));
         assert_eq!(a.holdings[&WorkerId(2)].weights, set(&[1]), "its other weights are a step old");
     }
@@ -129,7 +130,10 @@ mod tests {
     fn a_step_whose_only_known_committer_died_is_finished_with_the_norm_it_told() {
         let both = [report(4, &[0], Some(&[0])), report(4, &[1], Some(&[1]))];
         let a = agree_on(&both, Some(committed(5)), None);
-        assert_eq!((a.start.base, a.start.norm, a.lost), (Step(5), Some(5.5), None));
+        let verdict = Some(Verdict::Update { norm: 5.5 });
+        assert_eq!((a.start.base, a.start.verdict, a.lost), (Step(5), verdict, None));
+        let a = agree_on(&both, Some(Committed { norm: f64::NAN, ..committed(5) }), None);
+        assert_eq!((a.start.base, a.start.verdict), (Step(5), Some(Verdict::Skip)));
     }
 
     #[test]

@@ -89,7 +89,7 @@ fn heal(table: &SliceTable, plan: &Plan, candidates: &mut [Candidate]) {
 fn ten_thousand_workers_are_planned_for_and_a_death_moves_little() {
     let demand = demand();
     let table = SliceTable::new(&demand.shape);
-    let start = Start { base: Step(1), norm: None, origin: Source::Init };
+    let start = Start { base: Step(1), verdict: None, origin: Source::Init };
     for mixed in [false, true] {
         let mut candidates = workers(mixed);
         let clock = Instant::now();

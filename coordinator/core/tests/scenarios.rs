@@ -7,11 +7,13 @@
 
 use caravan_coordinator_core::{Config, Core, Input, Output, Record, Restored, Session};
 use caravan_types::message::{Activity, Committed, FromWorker, Hello, PROTOCOL_VERSION, Report, ToWorker};
+use caravan_types::non_finite::{Finding, LayerPart, Module, Sample, Tensor, Value};
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Stragglers, Wait};
 use caravan_types::task::SavedPart;
 use caravan_types::{
-    BatchShape, Checksum, Digest, Dispute, Generation, Member, MicroId, ModelShape, NumericsClass, Opinion,
-    Plan, Precision, SliceId, SliceSet, SliceSum, Source, Step, Subject, Timing, WorkerId,
+    BatchShape, Checksum, Digest, Dispute, Generation, Member, MicroId, ModelShape, NonFinite, NotFinite,
+    NumericsClass, Opinion, Plan, Precision, SliceId, SliceSet, SliceSum, Source, Step, Subject, Timing,
+    Verdict, WorkerId,
 };
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -252,7 +254,7 @@ fn restored_plan(words: &Words<'_>, list: &str) -> Arc<Plan> {
     Arc::new(Plan {
         generation: Generation(words.number("planned", 1)),
         base: Step(words.number("base", 0)),
-        norm: None,
+        verdict: None,
         members: list.split(',').map(member).collect(),
         pipelines: Vec::new(),
         owners: Vec::new(),
@@ -291,10 +293,26 @@ fn message(words: &Words<'_>) -> FromWorker {
         "corrupt" => FromWorker::Corrupt { what: "a bit has flipped".into() },
         "vouches" => FromWorker::Vouched { generation, step, sums: words.sums() },
         "commits" => FromWorker::Committed(committed(generation, step)),
+        "skips" => FromWorker::Committed(Committed { loss: f64::NAN, ..committed(generation, step) }),
+        "finds" => {
+            let skipped = words.named.contains_key("skipped");
+            let finding = words.named.get("lane").map(|_| Finding {
+                tensor: Tensor::Activation(Module::Layer(2, LayerPart::GateUp)),
+                element: 5,
+                value: Value::Nan,
+                sample: Some(Sample {
+                    micro: MicroId { lane: words.number("lane", 0) as u32, index: 0 },
+                    sequence: 1,
+                    number: 77,
+                    position: Some(3),
+                }),
+            });
+            FromWorker::NonFinite(NonFinite { generation, step, what: NotFinite::Loss, skipped, finding })
+        }
         "reports" => FromWorker::Report(Report {
             generation,
             applied: step,
-            norm: (step.0 > 0).then_some(step.0 as f64 + 0.5),
+            verdict: (step.0 > 0).then_some(Verdict::Update { norm: step.0 as f64 + 0.5 }),
             state: words.slices("state").unwrap_or_default(),
             weights: words.slices("weights").or(words.slices("state")).unwrap_or_default(),
             prepared: words.slices("prepared"),
@@ -351,13 +369,15 @@ fn shown(output: &Output) -> String {
         Output::Committed { committed, members } => {
             format!("committed step {} by {} workers", committed.step, members.len())
         }
+        Output::Halted { step, what } => format!("halted before step {step}: {what}"),
         Output::End(farewell) => format!("end: {farewell}"),
     }
 }
 
 fn plan_lines(plan: &Plan) -> String {
-    let norm = plan.norm.map_or(String::new(), |n| format!(", whoever is behind applies it with norm {n}"));
-    let mut lines = vec![format!("{} from step {}{norm}", plan.generation, plan.base)];
+    let applied = |verdict| format!(", whoever is behind applies it with {verdict}");
+    let verdict = plan.verdict.map_or(String::new(), applied);
+    let mut lines = vec![format!("{} from step {}{verdict}", plan.generation, plan.base)];
     for p in &plan.pipelines {
         let whole = p.stages.len() == 1;
         let stage = |s: &caravan_types::Stage| match whole {

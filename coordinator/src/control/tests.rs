@@ -49,7 +49,7 @@ fn reports(worker: u64, generation: u64) -> Input {
     let (state, weights) = (SliceSet::default(), SliceSet::default());
     let generation = Generation(generation);
     let report =
-        Report { generation, applied: Step(0), norm: None, state, weights, prepared: None, sums: vec![] };
+        Report { generation, applied: Step(0), verdict: None, state, weights, prepared: None, sums: vec![] };
     says(worker, FromWorker::Report(report))
 }
 
@@ -199,8 +199,8 @@ async fn recordings_that_cannot_be_read_are_told_apart() {
         fs::write(&path, lines.concat()).unwrap();
         replay(&path).unwrap_err().to_string()
     };
-    let error = with(&|l| l[0] = l[0].replace("\"version\":3", "\"version\":9"));
-    assert!(error.contains("is of format 9, this program reads 3"), "{error}");
+    let error = with(&|l| l[0] = l[0].replace(&format!("\"version\":{FORMAT}"), "\"version\":9"));
+    assert!(error.contains(&format!("is of format 9, this program reads {FORMAT}")), "{error}");
     let error = with(&|l| l[3] = "rubbish\n".into());
     assert!(error.contains("line 4 of the recording") && error.contains("not as it was written"), "{error}");
     let error = with(&|l| drop(l.remove(0)));

@@ -8,7 +8,7 @@ use caravan_coordinator_core::Config;
 use caravan_types::message::{Activity, Committed, PROTOCOL_VERSION, Report};
 use caravan_types::progress::{EngineProgress, Stragglers, Wait};
 use caravan_types::status::LossReason;
-use caravan_types::{SliceSet, SliceTable, Timing};
+use caravan_types::{SliceSet, SliceTable, Timing, Verdict};
 use std::io;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
@@ -158,9 +158,9 @@ fn allowed(message: &Down, durable: &State) -> bool {
 fn report_at(generation: Generation, applied: Step) -> FromWorker {
     let table = SliceTable::new(&spec().model);
     let all: SliceSet = table.iter().map(|(id, _)| id).filter(|_| applied > Step(0)).collect();
-    let norm = (applied > Step(0)).then_some(1.0);
+    let verdict = (applied > Step(0)).then_some(Verdict::Update { norm: 1.0 });
     let (state, weights) = (all.clone(), all);
-    FromWorker::Report(Report { generation, applied, norm, state, weights, prepared: None, sums: vec![] })
+    FromWorker::Report(Report { generation, applied, verdict, state, weights, prepared: None, sums: vec![] })
 }
 
 fn report(generation: Generation) -> FromWorker {

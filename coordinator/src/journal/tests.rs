@@ -7,7 +7,7 @@ use std::time::Duration;
 
 pub(crate) fn spec() -> RunSpec {
     RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "demo".into(),
         model: ModelShape::preset("260k").unwrap(),
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },

@@ -137,12 +137,16 @@ pub fn newest(path: &Path) -> io::Result<Option<Step>> {
 /// # Errors
 /// Where the entry cannot follow.
 pub fn after(last: Option<Step>, entry: &Entry) -> Result<Step, Disorder> {
+    let next = |last: Step| last.0.checked_add(1).map(Step);
     match (*last.as_ref().unwrap_or(&Step(0)), entry) {
         (_, Entry::Open { base, .. }) if last.is_none() => Ok(*base),
         (_, Entry::Open { .. }) => Err(Disorder::OpenedTwice),
         _ if last.is_none() => Err(Disorder::NotOpened),
-        (last, Entry::Step { step, .. }) if Some(step.0) == last.0.checked_add(1) => Ok(*step),
-        (last, Entry::Step { step, .. }) => Err(Disorder::Step { last, found: *step }),
+        (last, Entry::Step { step, .. } | Entry::Skip { step, .. }) if next(last) == Some(*step) => Ok(*step),
+        (last, Entry::Halt { step, .. }) if next(last) == Some(*step) => Ok(last),
+        (last, Entry::Step { step, .. } | Entry::Skip { step, .. } | Entry::Halt { step, .. }) => {
+            Err(Disorder::Step { last, found: *step })
+        }
         (last, Entry::Back { from, to, .. }) if *from == last && to < from => Ok(*to),
         (last, Entry::Back { from, to, .. }) => Err(Disorder::Back { last, from: *from, to: *to }),
     }

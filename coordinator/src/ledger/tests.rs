@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::journal::tests::spec;
+use caravan_types::Verdict;
 use caravan_types::message::Committed;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -82,6 +83,7 @@ async fn what_was_written_is_read_back_and_the_newest_step_is_known() {
             format!("{step}: {first}..{end} by {}", members.len())
         }
         Entry::Back { from, to, .. } => format!("{from} -> {to}"),
+        Entry::Skip { .. } | Entry::Halt { .. } => panic!("{e:?}"),
     });
     let samples = spec().batch.sequences_per_step();
     let step = |s: u64, n: usize| format!("{s}: {}..{} by {n}", (s - 1) * samples, s * samples);
@@ -102,6 +104,35 @@ async fn after_a_way_back_the_newest_step_is_the_one_that_it_led_to() {
         let (ledger, found) = open(&path).unwrap();
         assert_eq!((ledger.last(), found), (Step(to), tail));
     }
+}
+
+#[tokio::test]
+async fn a_skipped_step_is_a_part_of_the_history_and_a_halt_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = filled(dir.path()).await;
+    let (mut ledger, _) = open(&path).unwrap();
+    let bad = |step| Committed { loss: f64::NAN, ..committed(3, step) };
+    for step in [5, 6] {
+        ledger.step(&bad(step), &[WorkerId(2)]).await.unwrap();
+    }
+    assert_eq!((ledger.last(), ledger.skipped()), (Step(6), 2));
+    ledger.goes_on_from(Step(5)).await.unwrap();
+    ledger.halt(Step(6), NotFinite::Gradient).await.unwrap();
+    drop(ledger);
+    let samples = spec().batch.sequences_per_step();
+    let entries = entries(&path);
+    let skip = entries.iter().rev().find_map(|entry| match entry {
+        Entry::Skip { step: Step(5), first, end, .. } => Some((*first, *end)),
+        _ => None,
+    });
+    assert_eq!(skip, Some((4 * samples, 5 * samples)));
+    let (mut ledger, tail) = open(&path).unwrap();
+    assert_eq!((ledger.last(), ledger.skipped()), (Step(5), 1));
+    assert_eq!(tail.map(|tail| (tail.step, tail.verdict())), Some((Step(5), Verdict::Skip)));
+    // Started again, it comes to the same end.
+    ledger.halt(Step(6), NotFinite::Gradient).await.unwrap();
+    forge(&path, &[entries[0].clone(), Entry::Halt { step: Step(2), what: NotFinite::Loss, unix_ms: 0 }]);
+    assert!(matches!(open(&path), Err(LedgerError::Damaged { line: 2, .. })));
 }
 
 #[tokio::test]
@@ -200,7 +231,7 @@ async fn the_ledger_of_another_run_version_or_time_is_told_apart() {
     let open_entry = Entry::Open { version: 9, spec: spec_digest(&spec()), base: Step(0), unix_ms: 0 };
     forge(&path, &[open_entry]);
     let error = open(&path).unwrap_err();
-    assert!(error.to_string().contains("has format 9, this program reads 1"), "{error}");
+    assert!(error.to_string().contains("has format 9, this program reads 2"), "{error}");
 }
 
 #[tokio::test]

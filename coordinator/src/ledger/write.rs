@@ -5,7 +5,7 @@ use super::read::{Reader, after};
 use super::{Entry, FORMAT, line, spec_digest};
 use crate::clock::unix_ms;
 use caravan_types::message::Committed;
-use caravan_types::{Digest, RunSpec, Step, WorkerId};
+use caravan_types::{Digest, NotFinite, RunSpec, Step, Verdict, WorkerId};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -22,6 +22,8 @@ pub struct Ledger {
     hash: Digest,
     /// The newest step of the history.
     last: Step,
+    /// Steps of the history that passed without an update.
+    skipped: Vec<Step>,
     /// Samples of a step.
     samples: u64,
     /// Whether there is something that a crash of the host could take away.
@@ -33,6 +35,7 @@ struct Contents {
     bytes: u64,
     hash: Digest,
     last: Option<Step>,
+    skipped: Vec<Step>,
     /// The newest step, unless that is the one that the run last went back to.
     tail: Option<Committed>,
     /// Bytes at the end that are half a line.
@@ -69,6 +72,7 @@ impl Ledger {
             bytes: found.bytes,
             hash: found.hash,
             last: found.last.unwrap_or_default(),
+            skipped: found.skipped,
             samples: spec.batch.sequences_per_step(),
             dirty: false,
         };
@@ -111,7 +115,21 @@ impl Ledger {
         self.last
     }
 
-    /// Adds a step.
+    /// Steps of the history that passed without an update.
+    #[must_use]
+    pub fn skipped(&self) -> u64 {
+        self.skipped.len() as u64
+    }
+
+    /// Notes that the run ends before a step that is not finite.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub async fn halt(&mut self, step: Step, what: NotFinite) -> Result<(), LedgerError> {
+        self.add(Entry::Halt { step, what, unix_ms: unix_ms() }).await
+    }
+
+    /// Adds a step, or that it was skipped.
     ///
     /// # Errors
     /// [`LedgerError::Gap`] where it is not the next one, and where the disk says no. The ledger
@@ -124,7 +142,16 @@ impl Ledger {
         let end = step.0.saturating_mul(self.samples);
         let first = end.saturating_sub(self.samples);
         let (members, unix_ms) = (members.to_vec(), unix_ms());
-        self.add(Entry::Step { step, generation, loss, norm, tokens, first, end, members, unix_ms }).await?;
+        let entry = match committed.verdict() {
+            Verdict::Update { .. } => {
+                Entry::Step { step, generation, loss, norm, tokens, first, end, members, unix_ms }
+            }
+            Verdict::Skip => {
+                self.skipped.push(step);
+                Entry::Skip { step, generation, loss, norm, tokens, first, end, members, unix_ms }
+            }
+        };
+        self.add(entry).await?;
         self.last = step;
         Ok(())
     }
@@ -141,6 +168,7 @@ impl Ledger {
         if base < self.last {
             self.add(Entry::Back { from: self.last, to: base, unix_ms: unix_ms() }).await?;
             self.last = base;
+            self.skipped.retain(|step| *step <= base);
         }
         Ok(())
     }
@@ -210,7 +238,8 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Ledg
 /// Reads a ledger from end to end.
 fn read(path: &Path, file: &File, spec: &RunSpec) -> Result<Contents, LedgerError> {
     let failed = |e| io_error("read", path)(e);
-    let mut found = Contents { bytes: 0, hash: Digest::default(), last: None, tail: None, torn: 0 };
+    let (last, tail, skipped) = (None, None, Vec::new());
+    let mut found = Contents { bytes: 0, hash: Digest::default(), last, skipped, tail, torn: 0 };
     let mut reader = file.try_clone().and_then(Reader::new).map_err(failed)?;
     while let Some(line) = reader.next_line().map_err(failed)? {
         if let Some(found) = line.other_version {
@@ -226,7 +255,6 @@ fn read(path: &Path, file: &File, spec: &RunSpec) -> Result<Contents, LedgerErro
             (flaw, ..) => return Err(damaged(flaw.unwrap_or(Flaw::Form))),
         };
         found.last = Some(after(found.last, &entry).map_err(|disorder| damaged(Flaw::Order(disorder)))?);
-        found.tail = None;
         match entry {
             Entry::Open { spec: theirs, .. } => {
                 let ours = spec_digest(spec);
@@ -234,15 +262,32 @@ fn read(path: &Path, file: &File, spec: &RunSpec) -> Result<Contents, LedgerErro
                     return Err(LedgerError::OtherRun { path: path.to_owned(), found: theirs, ours });
                 }
             }
-            Entry::Step { generation, step, loss, norm, tokens, .. } => {
-                found.tail = Some(Committed { generation, step, loss, norm, tokens, took_ms: 0 });
+            Entry::Step { .. } => found.tail = told(&entry),
+            Entry::Skip { step, .. } => {
+                found.tail = told(&entry);
+                found.skipped.push(step);
             }
-            Entry::Back { .. } => {}
+            Entry::Halt { .. } => {}
+            Entry::Back { to, .. } => {
+                found.tail = None;
+                found.skipped.retain(|step| *step <= to);
+            }
         }
         found.hash = hash;
         found.bytes = reader.offset();
     }
     Ok(found)
+}
+
+/// What was told of a step, where an entry is one.
+fn told(entry: &Entry) -> Option<Committed> {
+    match *entry {
+        Entry::Step { generation, step, loss, norm, tokens, .. }
+        | Entry::Skip { generation, step, loss, norm, tokens, .. } => {
+            Some(Committed { generation, step, loss, norm, tokens, took_ms: 0 })
+        }
+        Entry::Open { .. } | Entry::Halt { .. } | Entry::Back { .. } => None,
+    }
 }
 
 /// The last entry of a step in a ledger that is sound; none for the step that it begins after.
@@ -253,10 +298,8 @@ fn committed(path: &Path, file: &File, last: Step) -> Result<Option<Committed>, 
     let mut reader = file.try_clone().and_then(Reader::new).map_err(failed)?;
     let mut tail = None;
     while let Some(line) = reader.next_line().map_err(failed)? {
-        if let Some(Entry::Step { generation, step, loss, norm, tokens, .. }) = line.entry
-            && step == last
-        {
-            tail = Some(Committed { generation, step, loss, norm, tokens, took_ms: 0 });
+        if let Some(committed) = line.entry.as_ref().and_then(told).filter(|c| c.step == last) {
+            tail = Some(committed);
         }
     }
     Ok(tail)

@@ -33,6 +33,8 @@ const KINDS = {
   load_failed: ["not loaded", "bad"],
   diverged: ["diverged", "bad"],
   corrupt: ["corrupt", "bad"],
+  skipped: ["skipped", "warn"],
+  non_finite: ["not finite", "bad"],
   draining: ["drain", "plain"],
   drained: ["drained", "save"],
   finished: ["finished", "good"],

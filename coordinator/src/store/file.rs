@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Version of the log's format; a reader refuses any other.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// The log is compacted when it is longer: a few hundred plans of a small caravan, and read back
 /// in a moment. A plan that is this long itself is given the room of two.
@@ -188,14 +188,14 @@ fn compact(folder: &Path, state: &State) -> Result<(File, u64), StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use caravan_types::{Generation, Plan, Step};
+    use caravan_types::{Generation, Plan, Step, Verdict};
     use std::sync::Arc;
 
     fn plan(generation: u64) -> Arc<Plan> {
         Arc::new(Plan {
             generation: Generation(generation),
             base: Step(7),
-            norm: Some(0.1),
+            verdict: Some(Verdict::Update { norm: 0.1 }),
             members: vec![],
             pipelines: vec![],
             owners: vec![],
@@ -302,7 +302,7 @@ mod tests {
         }
         fs::write(&path, line(&Header { caravan_store: 9 }).unwrap()).unwrap();
         let error = FileStore::open(dir.path()).unwrap_err();
-        assert!(error.to_string().contains("has store format 9, this program reads 3"), "{error}");
+        assert!(error.to_string().contains("has store format 9, this program reads 4"), "{error}");
     }
 
     #[test]

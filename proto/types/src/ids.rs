@@ -32,8 +32,8 @@ id!(
     "g"
 );
 id!(
-    /// A count of applied optimiser updates. Weights "at step s" have had s updates;
-    /// the first update leads from step 0 to step 1 and is called step 1.
+    /// A count of optimiser updates. Weights "at step s" have had s updates, but for those that
+    /// were skipped; the first update leads from step 0 to step 1 and is called step 1.
     Step(u64),
     ""
 );

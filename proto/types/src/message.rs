@@ -2,14 +2,17 @@
 
 use crate::progress::{EngineProgress, Wait};
 use crate::task::SavedPart;
-use crate::{Dispute, Generation, Plan, RunSpec, SliceId, SliceSet, SliceSum, Step, Timing, WorkerId};
+use crate::{
+    Dispute, Generation, NonFinite, Plan, RunSpec, SliceId, SliceSet, SliceSum, Step, Timing, Verdict,
+    WorkerId,
+};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
 /// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.
@@ -193,6 +196,8 @@ pub enum FromWorker {
         /// Why.
         reason: String,
     },
+    /// A step's loss or gradient is not finite.
+    NonFinite(NonFinite),
     /// The worker was asked to go and wants to, at a step boundary.
     Leaving,
 }
@@ -204,9 +209,8 @@ pub struct Report {
     pub generation: Generation,
     /// The newest step that it has applied.
     pub applied: Step,
-    /// The global gradient norm of that step, where known.
-    #[serde(with = "crate::exact::option")]
-    pub norm: Option<f64>,
+    /// How that step was applied, where known.
+    pub verdict: Option<Verdict>,
     /// The slices whose training state it holds at `applied`.
     pub state: SliceSet,
     /// The slices whose weights it holds at `applied`.
@@ -217,7 +221,7 @@ pub struct Report {
     pub sums: Vec<(SliceId, SliceSum)>,
 }
 
-/// A committed step, as a member saw it.
+/// A committed step, as a member saw it. Where its loss or norm is not finite, it was skipped.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Committed {
     /// The generation.
@@ -234,6 +238,14 @@ pub struct Committed {
     pub tokens: u64,
     /// Milliseconds since the member's last commit or the start of its generation.
     pub took_ms: u64,
+}
+
+impl Committed {
+    /// How the step was applied.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        Verdict::of(self.norm, self.loss)
+    }
 }
 
 /// What a worker is doing.
@@ -311,6 +323,8 @@ pub enum Farewell {
     Failed,
     /// The worker had other bits than the others; they went on without it. It may start again.
     Corrupt,
+    /// The run stopped before a step whose loss or gradient is not finite.
+    NonFinite,
 }
 
 impl fmt::Display for Farewell {
@@ -321,6 +335,7 @@ impl fmt::Display for Farewell {
             Self::Left => "this worker asked to leave",
             Self::Fenced => "the others went on without this worker",
             Self::Failed => "the run cannot go on",
+            Self::NonFinite => "the run stopped before a step whose loss or gradient is not finite",
             Self::Corrupt => {
                 "this worker computed or kept other bits than the others, who went on without it: its memory or one \
                  of its cores may be broken"

@@ -1,6 +1,6 @@
 //! Plans: immutable, fully specific assignments. An executor has no choices left.
 
-use crate::{Dispute, Generation, Lane, SliceId, SliceSet, Step, WorkerId};
+use crate::{Dispute, Generation, Lane, SliceId, SliceSet, Step, Verdict, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::{fmt, ops::Range};
 
@@ -11,10 +11,9 @@ pub struct Plan {
     pub generation: Generation,
     /// The step at which everyone starts: its weights and state are the truth.
     pub base: Step,
-    /// The global gradient norm of step `base`: a member that is one step behind and
-    /// prepared applies `base` with it. None where no member can be behind.
-    #[serde(with = "crate::exact::option")]
-    pub norm: Option<f64>,
+    /// How step `base` is applied by a member that is one step behind and prepared. None where
+    /// no member can be behind.
+    pub verdict: Option<Verdict>,
     /// The members, ascending by id.
     pub members: Vec<Member>,
     /// The pipelines; together they have every lane once.

@@ -1,6 +1,6 @@
 //! The optimiser's recipe: AdamW, warm-up, cosine, clipping.
 
-use crate::Step;
+use crate::{NonFinitePolicy, Step};
 use serde::{Deserialize, Serialize};
 use std::f64::consts::PI;
 
@@ -27,6 +27,8 @@ pub struct Recipe {
     pub weight_decay: f64,
     /// Gradients are scaled down to this global norm.
     pub clip_norm: f64,
+    /// What is done with a step whose loss or gradient is not finite.
+    pub non_finite: NonFinitePolicy,
 }
 
 impl Default for Recipe {
@@ -41,6 +43,7 @@ impl Default for Recipe {
             epsilon: 1e-5,
             weight_decay: 0.1,
             clip_norm: 1.0,
+            non_finite: NonFinitePolicy::Stop,
         }
     }
 }

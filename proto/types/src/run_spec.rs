@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of the run spec's format; a reader refuses any other.
-pub const RUN_SPEC_VERSION: u32 = 1;
+pub const RUN_SPEC_VERSION: u32 = 2;
 
 /// What a run is. Immutable: the weights after step s are a function of this alone.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

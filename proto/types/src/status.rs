@@ -1,8 +1,9 @@
 //! What people are shown of a run.
 
 use crate::message::{Activity, Refusal};
+use crate::non_finite::Finding;
 use crate::progress::{Doing, Wait};
-use crate::{Generation, SliceId, Step, Subject, WorkerId};
+use crate::{Generation, NotFinite, SliceId, Step, Subject, WorkerId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -174,6 +175,22 @@ pub enum Event {
         /// Who differs.
         owners: Vec<WorkerId>,
     },
+    /// A step passed without an update.
+    Skipped {
+        /// The step.
+        step: Step,
+        /// Why.
+        what: NotFinite,
+    },
+    /// A worker has found what went bad first in its lanes of a step that is not finite.
+    NonFinite {
+        /// The worker.
+        worker: WorkerId,
+        /// The step.
+        step: Step,
+        /// What it found.
+        finding: Finding,
+    },
     /// A worker had other bits than it must have.
     Corrupt {
         /// The worker.
@@ -306,6 +323,10 @@ impl fmt::Display for Event {
                     owners.join(", ")
                 )
             }
+            Self::Skipped { step, what } => {
+                write!(f, "step {step} was skipped, and its samples are used up: {what}")
+            }
+            Self::NonFinite { worker, step, finding } => write!(f, "step {step} on {worker}: {finding}"),
             Self::Corrupt { worker, what } => write!(f, "{worker} is corrupt: {what}"),
             Self::Draining => f.write_str("asked to stop: a checkpoint is written after this step"),
             Self::Drained { step } => {
@@ -399,6 +420,9 @@ pub struct Snapshot {
     pub eta_seconds: Option<f64>,
     /// The newest checkpoint.
     pub checkpoint: Option<Step>,
+    /// Steps of the history that passed without an update.
+    #[serde(default)]
+    pub skipped: u64,
     /// The workers, ascending by id.
     pub workers: Vec<WorkerStatus>,
 }

@@ -3,8 +3,9 @@
 //! Tasks are executed in the order given. The engine stores tensor data under [`Key`]s and
 //! knows lanes and tree nodes, but no ranks, peers or plans.
 
+use crate::non_finite::Finding;
 use crate::peer::{Key, LaneResult};
-use crate::{Checksum, Digest, Generation, MicroId, Part, SliceId, SliceSet, SliceSum, Step};
+use crate::{Checksum, Digest, Generation, Lane, MicroId, Part, SliceId, SliceSet, SliceSum, Step, Verdict};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -63,16 +64,26 @@ pub enum Task {
         /// The slices.
         slices: SliceSet,
     },
-    /// Apply `step` to these slices with their final gradients, and set their weights. Checks
-    /// first that gradients and training state are what was voted on. Ends with
-    /// [`Done::Applied`].
+    /// Apply `step` to these slices with their final gradients, and set their weights; or, where
+    /// it is skipped, have them as they are at this step. Checks first that gradients and
+    /// training state are what was voted on. Ends with [`Done::Applied`].
     Apply {
         /// The step.
         step: Step,
-        /// The global gradient norm.
-        norm: f64,
+        /// How.
+        verdict: Verdict,
         /// The slices.
         slices: SliceSet,
+    },
+    /// Look for what went bad first in the lanes of a step that is not finite, on the weights of
+    /// the step before. Ends with [`Done::Diagnosed`].
+    Diagnose {
+        /// The generation that it is for.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// The lanes, which are this worker's.
+        lanes: Range<Lane>,
     },
     /// Take a stored payload ([`Key::Weights`] or [`Key::State`]) into use.
     Install(Key),
@@ -143,6 +154,15 @@ pub enum Done {
         step: Step,
         /// What is here of each slice now.
         sums: Vec<(SliceId, SliceSum)>,
+    },
+    /// A [`Task::Diagnose`].
+    Diagnosed {
+        /// The generation that it was for.
+        generation: Generation,
+        /// The step.
+        step: Step,
+        /// What went bad first, where that is seen here.
+        finding: Option<Finding>,
     },
     /// A [`Task::Verify`].
     Verified {

@@ -29,6 +29,8 @@ pub enum Why {
     },
     /// A number that is no speed: not positive, or beyond what arithmetic with it bears.
     NotASpeed,
+    /// A number that must be finite.
+    NotFinite,
     /// A byte string that must have one length has another.
     Length {
         /// Its length.
@@ -62,6 +64,7 @@ impl fmt::Display for Why {
             Self::UnknownVariant(value) => write!(f, "has the unknown value {value}"),
             Self::TooLarge { is, limit } => write!(f, "is {is}, more than the limit of {limit}"),
             Self::NotASpeed => f.write_str("is no speed"),
+            Self::NotFinite => f.write_str("is not finite"),
             Self::Length { is, must } => write!(f, "has {is} bytes, not {must}"),
             Self::NotAscending => f.write_str("does not ascend"),
             Self::HalfRange => f.write_str("has a range without an end"),

@@ -4,6 +4,7 @@ use crate::limits::{MAX_COUNT, MAX_LANES, MAX_SLICES, MAX_UNITS};
 use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, SPEEDS, ToWorker, Welcome,
 };
+use caravan_types::non_finite::{Finding, LayerPart, Module, Sample, Tensor, Value};
 use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared, SliceVote};
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::run_spec::RUN_SPEC_VERSION;
@@ -144,13 +145,47 @@ pub(crate) fn refusal() -> impl Strategy<Value = Refusal> {
     ]
 }
 
+fn verdict() -> impl Strategy<Value = Verdict> {
+    prop_oneof![Just(Verdict::Skip), real().prop_map(|norm| Verdict::of(norm, 0.0))]
+}
+
+/// A finding with a sample, or without.
+fn finding() -> impl Strategy<Value = Finding> {
+    use LayerPart::*;
+    let parts = vec![Input, AttentionNorm, Qkv, Attention, Output, MlpNorm, GateUp, Activated, Down];
+    let layer =
+        (any::<u32>(), prop::sample::select(parts)).prop_map(|(layer, part)| Module::Layer(layer, part));
+    let ends = vec![Module::Embedding, Module::FinalNorm, Module::Logits, Module::Loss];
+    let module = || layer.clone().boxed().prop_union(prop::sample::select(ends.clone()).boxed());
+    let name = || "[a-z_.0-9]{0,60}";
+    let tensor = prop_oneof![
+        name().prop_map(Tensor::Weight),
+        module().prop_map(Tensor::Activation),
+        module().prop_map(Tensor::ActivationGradient),
+        name().prop_map(Tensor::WeightGradient),
+    ];
+    let value = prop::sample::select(vec![Value::Nan, Value::Infinity, Value::NegativeInfinity]);
+    let sample = (micro(), any::<(u32, u64, Option<u32>)>())
+        .prop_map(|(micro, (sequence, number, position))| Sample { micro, sequence, number, position });
+    (tensor, any::<u64>(), value, option::of(sample)).prop_map(|(tensor, element, value, sample)| Finding {
+        tensor,
+        element,
+        value,
+        sample,
+    })
+}
+
+fn not_finite() -> impl Strategy<Value = NotFinite> {
+    prop::sample::select(vec![NotFinite::Loss, NotFinite::Gradient])
+}
+
 fn report() -> impl Strategy<Value = Report> {
     let sets = (set(MAX_SLICES), set(300), option::of(set(300)));
-    (generation(), step(), option::of(real()), sets, sums()).prop_map(
-        |(generation, applied, norm, (state, weights, prepared), sums)| Report {
+    (generation(), step(), option::of(verdict()), sets, sums()).prop_map(
+        |(generation, applied, verdict, (state, weights, prepared), sums)| Report {
             generation,
             applied,
-            norm,
+            verdict,
             state,
             weights,
             prepared,
@@ -225,6 +260,11 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
             step,
             reason
         }),
+        (generation(), step(), not_finite(), any::<bool>(), option::of(finding())).prop_map(
+            |(generation, step, what, skipped, finding)| {
+                FromWorker::NonFinite(NonFinite { generation, step, what, skipped, finding })
+            }
+        ),
         Just(FromWorker::Leaving),
     ]
 }
@@ -252,11 +292,20 @@ pub(crate) fn plan() -> impl Strategy<Value = Plan> {
     let reasons =
         vec![MoreWorkersThanLanes, Leaving, TooSmall, NoRoomForAStage, WouldSlow, TooFewForAPipeline];
     let idle = vec((worker(), prop::sample::select(reasons)), 0..3);
-    (generation(), step(), option::of(real()), members, vec(pipeline(), 0..3), owners, idle).prop_flat_map(
-        |(generation, base, norm, members, pipelines, owners, idle)| {
+    (generation(), step(), option::of(verdict()), members, vec(pipeline(), 0..3), owners, idle).prop_flat_map(
+        |(generation, base, verdict, members, pipelines, owners, idle)| {
             let (transfers, none) = (vec![], vec![]);
-            let plan =
-                Plan { generation, base, norm, members, pipelines, owners, transfers, idle, disputes: none };
+            let plan = Plan {
+                generation,
+                base,
+                verdict,
+                members,
+                pipelines,
+                owners,
+                transfers,
+                idle,
+                disputes: none,
+            };
             (vec(transfer(plan.owners.len() as u32), 0..4), disputes())
                 .prop_map(move |(transfers, disputes)| Plan { transfers, disputes, ..plan.clone() })
         },
@@ -265,7 +314,7 @@ pub(crate) fn plan() -> impl Strategy<Value = Plan> {
 
 fn farewell() -> impl Strategy<Value = Farewell> {
     use Farewell::*;
-    prop::sample::select(vec![Finished, Drained, Left, Fenced, Failed, Corrupt])
+    prop::sample::select(vec![Finished, Drained, Left, Fenced, Failed, Corrupt, Farewell::NonFinite])
 }
 
 pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
@@ -324,17 +373,10 @@ pub(crate) fn phase() -> impl Strategy<Value = Phase> {
 
 pub(crate) fn snapshot() -> impl Strategy<Value = Snapshot> {
     let newest = (option::of(metrics()), option::of(real()), option::of(step()));
-    (text(), phase(), generation(), step(), counter(), newest, vec(worker_status(), 0..4)).prop_map(
-        |(run, phase, generation, step, steps, (last, eta_seconds, checkpoint), workers)| Snapshot {
-            run,
-            phase,
-            generation,
-            step,
-            steps,
-            last,
-            eta_seconds,
-            checkpoint,
-            workers,
+    let counts = (counter(), counter());
+    (text(), phase(), generation(), step(), counts, newest, vec(worker_status(), 0..4)).prop_map(
+        |(run, phase, generation, step, (steps, skipped), (last, eta_seconds, checkpoint), workers)| {
+            Snapshot { run, phase, generation, step, steps, last, eta_seconds, checkpoint, skipped, workers }
         },
     )
 }
@@ -392,6 +434,12 @@ fn event() -> impl Strategy<Value = Event> {
             worker,
             step,
             reason
+        }),
+        (step(), not_finite()).prop_map(|(step, what)| Event::Skipped { step, what }),
+        (worker(), step(), finding()).prop_map(|(worker, step, finding)| Event::NonFinite {
+            worker,
+            step,
+            finding
         }),
         Just(Event::Draining),
         step().prop_map(|step| Event::Drained { step }),

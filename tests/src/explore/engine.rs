@@ -9,7 +9,9 @@ use super::setting::Setting;
 use crate::sim::random::mix;
 use caravan_types::peer::{Key, LaneResult};
 use caravan_types::task::{Done, SavedPart, Task};
-use caravan_types::{Checksum, Digest, Generation, MicroId, Node, Part, SliceId, SliceSet, SliceSum, Step};
+use caravan_types::{
+    Checksum, Digest, Generation, MicroId, Node, Part, SliceId, SliceSet, SliceSum, Step, Verdict,
+};
 use std::collections::BTreeMap;
 
 /// What stands for a tensor.
@@ -90,10 +92,14 @@ impl Engine {
                 let sums = slices.iter().map(|id| self.sum(step, id)).collect::<Result<_, _>>()?;
                 return Ok(Some(Done::Verified { generation, step, sums }));
             }
-            Task::Apply { step, norm, slices } => {
-                self.apply(setting, step, norm, &slices)?;
+            Task::Apply { step, verdict, slices } => {
+                self.apply(setting, step, verdict, &slices)?;
                 let sums = slices.iter().map(|id| self.sum(step, id)).collect::<Result<_, _>>()?;
                 return Ok(Some(Done::Applied { step, sums }));
+            }
+            Task::Diagnose { generation, .. } if self.is_fenced(generation) => {}
+            Task::Diagnose { generation, step, .. } => {
+                return Ok(Some(Done::Diagnosed { generation, step, finding: None }));
             }
             Task::Install(key) => self.install(key)?,
             Task::Init { slices, part } => {
@@ -281,7 +287,8 @@ impl Engine {
             return Ok(None);
         }
         self.close(setting, micro);
-        let result = LaneResult { lane: micro.lane, loss: 1.0, tokens: 1 };
+        let loss = if setting.bad == Some(step) { f64::NAN } else { 1.0 };
+        let result = LaneResult { lane: micro.lane, loss, tokens: 1 };
         Ok(Some(Done::Lane { generation, step, result }))
     }
 
@@ -319,12 +326,21 @@ impl Engine {
         Ok(add(self.total(step, slice, left)?, self.total(step, slice, right)?))
     }
 
-    fn apply(&mut self, setting: &Setting, step: Step, norm: f64, slices: &SliceSet) -> Result<(), String> {
+    fn apply(
+        &mut self,
+        setting: &Setting,
+        step: Step,
+        verdict: Verdict,
+        slices: &SliceSet,
+    ) -> Result<(), String> {
         for id in slices.iter() {
             let gradient = self.finals.remove(&id).filter(|(at, _)| *at == step);
             let (_, gradient) = gradient.ok_or_else(|| format!("{id} is not reduced for step {step}"))?;
             let before = self.state(Step(step.0 - 1), id)?;
-            let value = made(8, &[before, gradient, norm.to_bits()]);
+            let value = match verdict {
+                Verdict::Update { norm } => made(8, &[before, gradient, norm.to_bits()]),
+                Verdict::Skip => before,
+            };
             if setting.truth(step, id).is_some_and(|truth| truth != value) {
                 return Err(format!("{id} has other bits after step {step}"));
             }
@@ -387,7 +403,9 @@ pub(super) fn truth(setting: &Setting) -> Result<Vec<Vec<Value>>, String> {
                     squares += norms.iter().sum::<f64>();
                 }
             }
-            engine.run(setting, Task::Apply { step, norm: f64::sqrt(squares), slices: all.clone() })?;
+            let loss = if setting.bad == Some(step) { f64::NAN } else { 1.0 };
+            let verdict = Verdict::of(f64::sqrt(squares), loss);
+            engine.run(setting, Task::Apply { step, verdict, slices: all.clone() })?;
         }
         truth.push(all.iter().map(|id| engine.state(step, id)).collect::<Result<_, _>>()?);
     }

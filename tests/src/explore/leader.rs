@@ -322,6 +322,9 @@ impl Leader {
                 self.proven = self.store.plan.as_ref().map(|plan| plan.owners.clone()).unwrap_or_default();
                 self.store.committed.push(committed);
             }
+            Output::Halted { step, .. } => {
+                return Err(format!("N-1: stopped before step {step}, which is to be skipped"));
+            }
             Output::End(farewell) => {
                 self.end = Some(farewell);
                 let whole = self.store.complete.contains(&Step(setting.steps));

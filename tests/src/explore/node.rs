@@ -11,7 +11,7 @@ use crate::sim::Mutant;
 use caravan_types::message::{Activity, FromWorker, Hello, PROTOCOL_VERSION};
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::task::{Done, Task};
-use caravan_types::{Generation, Step, WorkerId};
+use caravan_types::{Generation, NonFinitePolicy, Step, WorkerId};
 use caravan_worker_core::{Config, Core, Input, Output};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Debug;
@@ -260,6 +260,7 @@ impl Node {
             batch: setting.batch,
             steps: setting.steps,
             checkpoint_every: 0,
+            non_finite: NonFinitePolicy::Skip,
             timing: setting.timing,
         };
         self.worker = worker;

@@ -94,6 +94,8 @@ pub struct Options {
     pub stages: u32,
     /// Owners of each slice.
     pub redundancy: u32,
+    /// A step that is not finite, and is skipped.
+    pub skipped: Option<u64>,
     /// A bug to be found.
     pub mutant: Option<Mutant>,
     /// Whether what may as well happen now does; without, there are many more states.
@@ -111,6 +113,7 @@ impl Default for Options {
             lanes: 2,
             stages: 1,
             redundancy: 2,
+            skipped: None,
             mutant: None,
             eager: true,
             most_states: usize::MAX,
@@ -127,6 +130,7 @@ impl fmt::Display for Options {
             f,
             "--faults {faults} --kinds {kinds} --steps {steps} --lanes {lanes} --stages {stages} --owners {redundancy}"
         )?;
+        self.skipped.map_or(Ok(()), |step| write!(f, " --skipped {step}"))?;
         f.write_str(if self.eager { "" } else { " --all" })?;
         self.mutant.map_or(Ok(()), |mutant| write!(f, " --mutant {}", name(mutant)))
     }
@@ -142,7 +146,7 @@ fn name(mutant: Mutant) -> String {
 }
 
 /// The bugs that an exploration can switch on.
-pub const MUTANTS: [Mutant; 12] = {
+pub const MUTANTS: [Mutant; 13] = {
     use caravan_coordinator_core::Mutant as C;
     use caravan_worker_core::Mutant as W;
     [
@@ -152,6 +156,7 @@ pub const MUTANTS: [Mutant; 12] = {
         Mutant::Worker(W::NormByMember),
         Mutant::Worker(W::DropBeforeCommit),
         Mutant::Worker(W::ReportAndGoOn),
+        Mutant::Worker(W::ApplySkipped),
         Mutant::Coordinator(C::HealFromAnotherStep),
         Mutant::Coordinator(C::DropLeaversSlices),
         Mutant::Coordinator(C::PlanToldOnce),
@@ -178,6 +183,8 @@ pub(super) struct Setting {
     /// The failure budget.
     pub(super) detect: u64,
     pub(super) steps: u64,
+    /// A step that is not finite.
+    pub(super) bad: Option<Step>,
     /// By step and slice.
     truth: Vec<Vec<Value>>,
 }
@@ -211,6 +218,7 @@ impl Setting {
             timing,
             detect: millis(timing.detect()),
             steps: options.steps,
+            bad: options.skipped.map(Step),
             options,
             truth: Vec::new(),
         };

@@ -9,7 +9,7 @@ use caravan_types::message::{Committed, Farewell, FromWorker, ToWorker};
 use caravan_types::progress::Stragglers;
 use caravan_types::status::{Event, Phase};
 use caravan_types::timing::Timing;
-use caravan_types::{Generation, Plan, Step, Subject, WorkerId};
+use caravan_types::{Generation, NonFinitePolicy, Plan, Step, Subject, Verdict, WorkerId};
 use std::sync::Arc;
 
 /// What survives the coordinator.
@@ -212,9 +212,11 @@ impl World<'_> {
             Output::Note(event) => self.note(event)?,
             Output::Committed { committed, .. } => {
                 self.checks.committed(committed.generation, committed.step)?;
+                self.check_verdict(&committed)?;
                 self.store.committed.push(committed);
                 self.outcome.took_ms = self.now;
             }
+            Output::Halted { step, .. } => self.halted = Some(step),
             // The last checkpoint was lost: somebody reads why, and starts the run again.
             Output::End(Farewell::Failed) if self.bereft() => self.depose(1),
             Output::End(farewell) => {
@@ -224,6 +226,19 @@ impl World<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A step is skipped where its data are marked, and nowhere else.
+    fn check_verdict(&self, committed: &Committed) -> Result<(), String> {
+        let is_bad = self.options.bad.iter().any(|bad| bad.step == committed.step);
+        let skipped = committed.verdict() == Verdict::Skip;
+        match (is_bad, skipped, self.options.non_finite) {
+            (true, true, NonFinitePolicy::Skip) | (false, false, _) => Ok(()),
+            _ => Err(format!(
+                "N-1: step {} was committed: skipped {skipped}, not finite {is_bad}",
+                committed.step
+            )),
+        }
     }
 
     fn persist(&mut self, record: Record) -> Result<(), String> {

@@ -1,11 +1,12 @@
 //! A worker's engine in the simulation: the real executor on a tiny model, with made-up data and
 //! checkpoints in memory. One job at a time, in order, as the engine's thread does it.
 
+use super::options::Bad;
 use caravan_engine::{Batches, Checkpoints, EngineError, Executor, Flaw, Watch};
-use caravan_types::peer::Key;
+use caravan_types::peer::{Key, LaneResult};
 use caravan_types::task::{Done, SavedPart, Task};
 use caravan_types::{
-    Digest, Generation, Lane, MicroBatch, RunSpec, SliceId, SliceSet, SliceTable, Step, WorkerId,
+    Digest, Generation, Lane, MicroBatch, NotFinite, RunSpec, SliceId, SliceSet, SliceTable, Step, WorkerId,
 };
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -125,6 +126,7 @@ pub(super) struct Engine {
     flaw: Option<Flaw>,
     /// Whether an update was computed wrong.
     pub(super) is_wrong: bool,
+    bad: Vec<Bad>,
 }
 
 impl Engine {
@@ -163,12 +165,31 @@ impl Engine {
         writer: u64,
         salt: u64,
         is_late: bool,
+        bad: &[Bad],
     ) -> Result<Self, String> {
         let watch = Arc::<Watch>::default();
         let data = Data { spec: spec.clone(), salt };
         let folder = Folder { disk: Rc::clone(disk), writer, late: None, is_late };
         let executor = Executor::new(spec, 1, Arc::clone(&watch), data, folder).map_err(|e| e.to_string())?;
-        Ok(Self { executor, watch, jobs: VecDeque::new(), flaw: None, is_wrong: false })
+        Ok(Self { executor, watch, jobs: VecDeque::new(), flaw: None, is_wrong: false, bad: bad.to_vec() })
+    }
+
+    /// Makes of a marked step what data would that is not finite: the loss of its first lane, or the
+    /// gradient of its first slice, whoever computes it.
+    fn spoil(&self, done: Done) -> Done {
+        let is_bad = |step: Step, what| self.bad.contains(&Bad { step, what });
+        match done {
+            Done::Lane { generation, step, result } if result.lane == 0 && is_bad(step, NotFinite::Loss) => {
+                Done::Lane { generation, step, result: LaneResult { loss: f64::NAN, ..result } }
+            }
+            Done::Reduced { generation, step, slice: SliceId(0), gradient, .. }
+                if is_bad(step, NotFinite::Gradient) =>
+            {
+                let norms = vec![f64::INFINITY];
+                Done::Reduced { generation, step, slice: SliceId(0), norms, gradient }
+            }
+            done => done,
+        }
     }
 
     pub(super) fn queue(&mut self, job: Job) {
@@ -205,14 +226,17 @@ impl Engine {
                 let payload = self.executor.get(key)?;
                 Ok(Ran::Send(to, generation, key, payload))
             }
-            Job::Task(Task::Apply { step, norm, slices }) => {
+            Job::Task(Task::Apply { step, verdict, slices }) => {
                 let ids: Vec<SliceId> = slices.iter().collect();
-                let done = self.executor.run(Task::Apply { step, norm, slices })?;
+                let done = self.executor.run(Task::Apply { step, verdict, slices })?;
                 let state = |slice| Ok((slice, digest(&self.executor.get(Key::State { step, slice })?)));
                 let states = ids.into_iter().map(state).collect::<Result<_, EngineError>>()?;
                 Ok(done.map_or(Ran::Nothing, |done| Ran::Applied(step, states, done)))
             }
-            Job::Task(task) => Ok(self.executor.run(task)?.map_or(Ran::Nothing, Ran::Done)),
+            Job::Task(task) => {
+                let done = self.executor.run(task)?.map(|done| self.spoil(done));
+                Ok(done.map_or(Ran::Nothing, Ran::Done))
+            }
         }
     }
 

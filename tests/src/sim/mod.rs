@@ -19,7 +19,7 @@ mod worker;
 mod world;
 
 pub use checks::Truth;
-pub use options::{Fault, Mutant, Options};
+pub use options::{Bad, Fault, Mutant, Options};
 
 use caravan_engine::Flaw;
 use caravan_types::Step;

@@ -3,7 +3,10 @@
 use super::random::Random;
 use caravan_engine::Flaw;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
-use caravan_types::{BatchShape, DataSpec, Digest, ModelShape, NumericsClass, Precision, Recipe, RunSpec};
+use caravan_types::{
+    BatchShape, DataSpec, Digest, ModelShape, NonFinitePolicy, NotFinite, NumericsClass, Precision, Recipe,
+    RunSpec, Step,
+};
 use std::fmt;
 
 /// The failure budget of simulated runs, in milliseconds.
@@ -56,8 +59,21 @@ pub struct Options {
     pub checkpoint_every: u64,
     /// Faults, at random moments of the time that the run takes without any.
     pub faults: Vec<(u64, Fault)>,
+    /// Steps that are not finite, as a property of their data.
+    pub bad: Vec<Bad>,
+    /// What is done about them.
+    pub non_finite: NonFinitePolicy,
     /// A bug to be found.
     pub mutant: Option<Mutant>,
+}
+
+/// A step that is not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bad {
+    /// The step.
+    pub step: Step,
+    /// What of it.
+    pub what: NotFinite,
 }
 
 /// Something that goes wrong, or is wanted.
@@ -112,6 +128,8 @@ impl Options {
             redundancy: 1,
             checkpoint_every: 0,
             faults: Vec::new(),
+            bad: Vec::new(),
+            non_finite: NonFinitePolicy::Skip,
             mutant: None,
         }
     }
@@ -125,16 +143,27 @@ impl Options {
         let mut faults: Vec<(u64, Fault)> =
             (0..count).map(|_| (r.below(60 * steps), fault(&mut r))).collect();
         faults.sort_by_key(|(at, _)| *at);
+        let (workers, lanes, micro_batches) = (r.below(4) as u32 + 1, 1 << r.below(4), r.below(2) as u32 + 1);
+        let (stages, redundancy) = (Some(r.below(5) as u32).filter(|s| *s > 0), r.below(3) as u32 + 1);
+        let checkpoint_every = r.below(4);
+        // Some runs have steps that are not finite, some of these stop at the first of them.
+        let count = [0, 0, 1, 2][r.below(4) as usize];
+        let mut bad: Vec<Bad> = (0..count).map(|_| bad(&mut r, steps)).collect();
+        bad.sort_unstable();
+        bad.dedup_by_key(|bad| bad.step);
+        let non_finite = if r.below(6) == 0 { NonFinitePolicy::Stop } else { NonFinitePolicy::Skip };
         Self {
             seed,
-            workers: r.below(4) as u32 + 1,
-            lanes: 1 << r.below(4),
-            micro_batches: r.below(2) as u32 + 1,
-            stages: Some(r.below(5) as u32).filter(|s| *s > 0),
+            workers,
+            lanes,
+            micro_batches,
+            stages,
             steps,
-            redundancy: r.below(3) as u32 + 1,
-            checkpoint_every: r.below(4),
+            redundancy,
+            checkpoint_every,
             faults,
+            bad,
+            non_finite,
             mutant: None,
         }
     }
@@ -169,12 +198,18 @@ impl Options {
                 warmup_steps: 2,
                 learning_rate: 0.01,
                 clip_norm: 0.01,
+                non_finite: self.non_finite,
                 ..Recipe::default()
             },
             seed: 1,
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
         }
     }
+}
+
+fn bad(r: &mut Random, steps: u64) -> Bad {
+    let what = [NotFinite::Loss, NotFinite::Gradient][r.below(2) as usize];
+    Bad { step: Step(r.below(steps) + 1), what }
 }
 
 fn fault(r: &mut Random) -> Fault {
@@ -214,8 +249,8 @@ impl fmt::Display for Options {
         write!(
             f,
             "seed {seed}: {workers} workers, {lanes} lanes × {micro_batches}, stages {stages:?}, {steps} steps, r = \
-             {redundancy}, a checkpoint every {} steps, faults {:?}, mutant {:?}",
-            self.checkpoint_every, self.faults, self.mutant
+             {redundancy}, a checkpoint every {} steps, faults {:?}, not finite {:?} ({}), mutant {:?}",
+            self.checkpoint_every, self.faults, self.bad, self.non_finite, self.mutant
         )
     }
 }

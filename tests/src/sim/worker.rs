@@ -82,7 +82,8 @@ impl World<'_> {
         self.processes += 1;
         let process = self.processes;
         let salt = if self.is(Mutant::OtherData) { process } else { 0 };
-        let engine = Engine::new(&self.spec, &self.disk, process, salt, self.is(Mutant::SavedBeforeWritten))?;
+        let (late, bad) = (self.is(Mutant::SavedBeforeWritten), &self.options.bad);
+        let engine = Engine::new(&self.spec, &self.disk, process, salt, late, bad)?;
         let node = Node {
             process,
             worker: None,
@@ -189,6 +190,7 @@ impl World<'_> {
             batch: self.spec.batch,
             steps: self.options.steps,
             checkpoint_every: self.options.checkpoint_every,
+            non_finite: self.options.non_finite,
             timing: Timing::from_millis(DETECT_MS),
         };
         let mutant = match self.options.mutant {

@@ -9,6 +9,7 @@ use super::random::{self, Random};
 use super::worker::Node;
 use super::{Options, Outcome};
 use caravan_coordinator_core::Session;
+use caravan_types::message::Farewell;
 use caravan_types::{Generation, RunSpec, SliceTable, Step, WorkerId};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -74,6 +75,8 @@ pub(super) struct World<'a> {
     last_fault: u64,
     /// Workers with wrong training state that nobody has found yet.
     pub(super) suspects: BTreeSet<WorkerId>,
+    /// The step before which the run has stopped.
+    pub(super) halted: Option<Step>,
     /// Until when nothing else goes wrong, so that a wrong value has somebody to be compared with.
     pub(super) quiet_until: u64,
 }
@@ -102,6 +105,7 @@ impl<'a> World<'a> {
             outcome: Outcome::default(),
             last_fault: options.faults.iter().map(|(at, _)| *at).max().unwrap_or(0),
             suspects: BTreeSet::new(),
+            halted: None,
             quiet_until: 0,
             spec,
             options,
@@ -239,6 +243,15 @@ impl<'a> World<'a> {
 
     /// What must hold once the run is over: whoever had wrong training state was named.
     pub(super) fn check_end(&self) -> Result<(), String> {
+        if self.outcome.farewell == Some(Farewell::NonFinite) {
+            let (newest, saved) = (self.checks.newest(), self.outcome.checkpoint);
+            if self.halted != Some(newest.next()) || saved != Some(newest) {
+                let halted = self.halted;
+                return Err(format!(
+                    "stopped before {halted:?}, with history to {newest} and checkpoint {saved:?}"
+                ));
+            }
+        }
         match self.suspects.first() {
             Some(worker) => Err(format!("S-1: {worker} had wrong training state, and nobody said so")),
             None => Ok(()),

@@ -22,7 +22,7 @@ fn spec() -> RunSpec {
     let small = ModelShape::preset("260k").unwrap();
     let model = ModelShape { dim: 32, layers: 2, heads: 4, kv_heads: 2, hidden: 64, vocab: 600, ..small };
     RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "test".into(),
         model,
         data: DataSpec { digest: Digest([7; 32]), tokens: 1000 },

@@ -118,7 +118,7 @@ mod tests {
         let plan = Plan {
             generation: Generation(1),
             base: Step(3),
-            norm: None,
+            verdict: None,
             members: [a, b].map(|worker| Member { worker, fabric: String::new() }).into(),
             pipelines: vec![pipeline(a, 0), pipeline(b, 1)],
             owners: vec![vec![a]; table.len()],

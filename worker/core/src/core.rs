@@ -12,7 +12,8 @@ use caravan_types::progress::EngineProgress;
 use caravan_types::task::Task;
 use caravan_types::timing::millis;
 use caravan_types::{
-    Generation, Part, Plan, SliceId, SliceSet, SliceSum, SliceTable, Source, Step, WorkerId,
+    Generation, NonFinite, Part, Plan, SliceId, SliceSet, SliceSum, SliceTable, Source, Step, Verdict,
+    WorkerId,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,8 +28,8 @@ pub struct Core {
     /// The plan in force; none between a report and the next plan.
     pub(crate) place: Option<Place>,
     pub(crate) applied: Step,
-    /// The norm of the last applied step, where known.
-    pub(crate) norm: Option<f64>,
+    /// How the last applied step was applied, where known.
+    pub(crate) verdict: Option<Verdict>,
     /// Slices whose training state is here, at `applied`.
     pub(crate) state: SliceSet,
     /// Slices whose weights are here, at `applied`.
@@ -48,6 +49,8 @@ pub struct Core {
     pub(crate) finished: bool,
     /// The step at which the engine was asked to look at what it has, before a stop or the end.
     pub(crate) looking: Option<Step>,
+    /// A step that is not finite, of which it tells once its engine has looked for the cause.
+    pub(crate) bad: Option<NonFinite>,
     pub(crate) since: Millis,
     beat: Millis,
     pub(crate) memory: Memory,
@@ -66,7 +69,7 @@ impl Core {
             promised: Generation(0),
             place: None,
             applied: Step(0),
-            norm: None,
+            verdict: None,
             state: SliceSet::default(),
             weights: SliceSet::default(),
             sums: BTreeMap::new(),
@@ -78,6 +81,7 @@ impl Core {
             stopping: None,
             finished: false,
             looking: None,
+            bad: None,
             since: now,
             beat: now,
             memory: Memory::default(),
@@ -209,7 +213,7 @@ impl Core {
         Report {
             generation: self.promised,
             applied: self.applied,
-            norm: self.norm,
+            verdict: self.verdict,
             state: self.state.clone(),
             weights: self.weights.clone(),
             prepared: self.prepared.clone(),
@@ -230,7 +234,7 @@ impl Core {
         }
         let units = self.config.shape.units();
         let Some(place) = Place::new(self.config.worker, plan, &self.table, units) else { return };
-        self.arrive_at(place.base(), place.plan.norm, out);
+        self.arrive_at(place.base(), place.plan.verdict, out);
         out.push(Output::Task(Task::Place { units: place.stage.clone() }));
         let peers = place.plan.members.iter().filter(|m| m.worker != place.me).cloned().collect();
         out.push(Output::Connect { generation: place.generation(), peers });
@@ -248,6 +252,7 @@ impl Core {
         self.memory.start();
         self.sums.clear();
         self.looking = None;
+        self.bad = None;
         self.heal = Heal::new(&place);
         self.round = Round::default();
         self.inbox = Inbox::default();
@@ -270,15 +275,19 @@ impl Core {
 
     /// Brings what is held to the plan's base: by applying the prepared step, or by forgetting
     /// what is of another step.
-    fn arrive_at(&mut self, base: Step, norm: Option<f64>, out: &mut Vec<Output>) {
+    fn arrive_at(&mut self, base: Step, verdict: Option<Verdict>, out: &mut Vec<Output>) {
         let prepared = self.prepared.take();
         if base == self.applied {
             return;
         }
-        let finish = prepared.zip(norm).filter(|_| base == self.applied.next());
+        let finish = prepared.zip(verdict).filter(|_| base == self.applied.next());
         let kept = match finish {
-            Some((slices, norm)) => {
-                out.push(Output::Task(Task::Apply { step: base, norm, slices: slices.clone() }));
+            Some((slices, verdict)) => {
+                let verdict = match verdict {
+                    Verdict::Skip if mutant!(self, ApplySkipped) => Verdict::Update { norm: 1.0 },
+                    verdict => verdict,
+                };
+                out.push(Output::Task(Task::Apply { step: base, verdict, slices: slices.clone() }));
                 slices
             }
             None => SliceSet::default(),
@@ -289,7 +298,7 @@ impl Core {
         }
         self.state = kept.clone();
         self.weights = kept;
-        self.norm = norm;
+        self.verdict = verdict;
         self.applied = base;
     }
 

@@ -11,10 +11,10 @@ impl Core {
         let held = (
             self.promised,
             self.applied,
-            self.norm,
+            self.verdict,
             &self.state,
             &self.weights,
-            (&self.prepared, &self.sums),
+            (&self.prepared, &self.sums, &self.bad),
         );
         let step = self.place.as_ref().map(|place| {
             let stop = (self.wanted, self.stopping, self.finished, self.looking);

@@ -15,7 +15,8 @@
 //! Reading order: [`Core`] is a member's life across generations: stop, report, plan, heal;
 //! `step` is the life of one step: compute, reduce, prepare, commit, publish; `schedule` is the
 //! order of its micro-batches, `round` what has come in for it, `look` whether memory still holds what
-//! was put there, `ballot` whether the members' votes agree; `heal` is what a member still
+//! was put there, `ballot` whether the members' votes agree, `non_finite` what follows
+//! where they add up to what is not finite; `heal` is what a member still
 //! lacks; `part` is its place in a plan; `memory` is what a coordinator may have to be told again.
 
 #[macro_use]
@@ -28,6 +29,7 @@ mod explore;
 mod heal;
 mod look;
 mod memory;
+mod non_finite;
 mod part;
 mod round;
 mod schedule;
@@ -41,7 +43,7 @@ pub use crate::mutant::Mutant;
 use caravan_types::message::{Farewell, FromWorker, ToWorker};
 use caravan_types::peer::{Key, PeerMessage};
 use caravan_types::task::{Done, Task};
-use caravan_types::{BatchShape, Generation, Member, ModelShape, Step, Timing, WorkerId};
+use caravan_types::{BatchShape, Generation, Member, ModelShape, NonFinitePolicy, Step, Timing, WorkerId};
 
 /// Milliseconds on a clock that only goes forward, from any origin.
 pub type Millis = u64;
@@ -61,6 +63,8 @@ pub struct Config {
     pub checkpoint_every: u64,
     /// The failure budget, and what follows from it.
     pub timing: Timing,
+    /// What is done with a step whose loss or gradient is not finite.
+    pub non_finite: NonFinitePolicy,
 }
 
 /// What the core is told.

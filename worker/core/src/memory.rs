@@ -25,6 +25,8 @@ pub(crate) struct Memory {
     lost: BTreeSet<WorkerId>,
     /// [`FromWorker::Diverged`], where the generation in force cannot go on because of it.
     diverged: Option<FromWorker>,
+    /// [`FromWorker::NonFinite`], where the generation in force cannot go on because of it.
+    non_finite: Option<FromWorker>,
     /// [`FromWorker::Settled`], of the generation in force.
     settled: Option<FromWorker>,
     /// [`FromWorker::Vouched`], of the newest checkpoint.
@@ -39,6 +41,7 @@ impl Memory {
     pub(crate) fn start(&mut self) {
         self.lost.clear();
         self.diverged = None;
+        self.non_finite = None;
         self.settled = None;
         self.load_failed = None;
     }
@@ -63,6 +66,10 @@ impl Memory {
 
     pub(crate) fn diverged(&mut self, message: FromWorker) {
         self.diverged = Some(message);
+    }
+
+    pub(crate) fn non_finite(&mut self, message: FromWorker) {
+        self.non_finite = Some(message);
     }
 
     pub(crate) fn settled(&mut self, message: FromWorker) {
@@ -91,7 +98,8 @@ impl Memory {
         out.extend(self.parts.iter().cloned().chain(self.vouched.clone()).map(Output::Tell));
         if let Some(generation) = generation {
             let lost = self.lost.iter().map(|&peer| FromWorker::PeerLost { generation, peer });
-            let others = self.diverged.iter().chain(&self.settled).chain(&self.load_failed).cloned();
+            let wrong = [&self.diverged, &self.non_finite, &self.settled, &self.load_failed];
+            let others = wrong.into_iter().flatten().cloned();
             out.extend(lost.chain(others).map(Output::Tell));
         }
         if self.leaving {
@@ -102,7 +110,8 @@ impl Memory {
     /// What may be told again; what is wrong with a generation only while one is in force.
     #[cfg(feature = "explore")]
     pub(crate) fn essence(&self, in_force: bool) -> impl std::fmt::Debug + '_ {
-        let wrong = in_force.then_some((&self.lost, &self.diverged, &self.settled, &self.load_failed));
+        let wrong = (&self.diverged, &self.non_finite, &self.settled, &self.load_failed);
+        let wrong = in_force.then_some((&self.lost, wrong));
         (&self.commits, &self.parts, &self.vouched, wrong, self.leaving)
     }
 }

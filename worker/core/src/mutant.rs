@@ -21,6 +21,8 @@ pub enum Mutant {
     BlindVote,
     /// A report is no promise: what is in flight goes on.
     ReportAndGoOn,
+    /// A skipped step is applied by who was only prepared for it.
+    ApplySkipped,
 }
 
 /// Whether a bug is switched on.

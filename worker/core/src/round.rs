@@ -123,6 +123,8 @@ pub(crate) struct Tally {
     pub(crate) norm: f64,
     pub(crate) loss: f64,
     pub(crate) tokens: u64,
+    /// The first lane whose loss is not finite.
+    pub(crate) lane: Option<Lane>,
 }
 
 /// Adds the votes up: squared block norms in the order of the flat model, losses in the order
@@ -144,5 +146,6 @@ pub(crate) fn count(votes: &BTreeMap<WorkerId, Prepared>, by_member: bool) -> Ta
     };
     let loss = lanes.values().map(|lane| lane.loss).sum();
     let tokens = lanes.values().map(|lane| lane.tokens).sum();
-    Tally { norm: squares.sqrt(), loss, tokens }
+    let lane = lanes.values().find(|lane| !lane.loss.is_finite()).map(|lane| lane.lane);
+    Tally { norm: squares.sqrt(), loss, tokens, lane }
 }

@@ -85,6 +85,7 @@ impl Core {
                     self.prepare(now, out);
                 }
             }
+            Done::Diagnosed { generation, step, finding } => self.diagnosed(generation, step, finding, out),
             Done::Loaded { generation, slices, part } => {
                 if here(generation, &self.place) {
                     self.heal.local(part, &slices);
@@ -252,10 +253,13 @@ impl Core {
             self.memory.settled(settled.clone());
             out.push(Output::Tell(settled));
         }
-        let Tally { norm, loss, tokens } = count(votes, mutant!(self, NormByMember));
+        let Tally { norm, loss, tokens, lane } = count(votes, mutant!(self, NormByMember));
         let took_ms = now.saturating_sub(self.since);
         let committed = Committed { generation, step, loss, norm, tokens, took_ms };
-        self.commit(now, committed, stop_for, out);
+        let goes_on = self.look_for_cause(&committed, lane, out);
+        if goes_on {
+            self.commit(now, committed, stop_for, out);
+        }
     }
 
     fn commit(
@@ -266,8 +270,8 @@ impl Core {
         out: &mut Vec<Output>,
     ) {
         let Some(place) = &self.place else { return };
-        let Committed { generation, step, norm, .. } = committed;
-        out.push(Output::Task(Task::Apply { step, norm, slices: place.owned.clone() }));
+        let (verdict, generation, step) = (committed.verdict(), committed.generation, committed.step);
+        out.push(Output::Task(Task::Apply { step, verdict, slices: place.owned.clone() }));
         // The first commit of a generation implies that everyone is healed: what only the old plan
         // needed here is needed no more.
         let stale: SliceSet = self.state.iter().filter(|s| !place.owned.contains(*s)).collect();
@@ -289,7 +293,7 @@ impl Core {
             out.push(Output::Task(Task::Save { generation, step, slices: place.primary.clone() }));
         }
         self.applied = step;
-        self.norm = Some(norm);
+        self.verdict = Some(verdict);
         self.state = place.owned.clone();
         self.weights = place.owned.clone();
         self.sums.clear();

@@ -33,6 +33,10 @@ impl Core {
         if let Some((peer, key)) = blocked {
             return owes(peer, Awaited::Data(key));
         }
+        // Its engine looks for the cause of what stops the run.
+        if self.bad.as_ref().is_some_and(|bad| bad.step == step) {
+            return Wait::Engine;
+        }
         if self.round.voted {
             let silent = place.peers().find(|peer| !self.inbox.has_vote(step, *peer));
             return silent.map_or(Wait::Plan, |peer| owes(peer, Awaited::Vote(step)));

@@ -9,7 +9,7 @@ use caravan_engine::{Batches, Checkpoints, Executor, Watch};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
     BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass, Part,
-    Precision, Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step,
+    Precision, Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step, Verdict,
 };
 use std::error::Error;
 use std::sync::Arc;
@@ -54,6 +54,9 @@ impl Checkpoints for Nowhere {
         Err("a benchmark has no checkpoints".into())
     }
 }
+
+const ONE: Generation = Generation(1);
+const MICRO: MicroId = MicroId { lane: 0, index: 0 };
 
 fn option(name: &str) -> Option<String> {
     let mut args = std::env::args().skip_while(|a| a != name);
@@ -108,21 +111,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (mut loss, mut parts) = (0.0, [0.0; 3]);
     for step in (1..=steps + 2).map(Step) {
         let start = Instant::now();
-        let (generation, micro) = (Generation(1), MicroId { lane: 0, index: 0 });
-        engine.run(Task::Forward { generation, step, micro })?;
-        if let Some(Done::Lane { result, .. }) = engine.run(Task::Backward { generation, step, micro })? {
+        engine.run(Task::Forward { generation: ONE, step, micro: MICRO })?;
+        if let Some(Done::Lane { result, .. }) =
+            engine.run(Task::Backward { generation: ONE, step, micro: MICRO })?
+        {
             loss = result.loss;
         }
         let computed = start.elapsed();
         let mut norm = 0.0;
         for slice in slices.iter() {
-            let done = engine.run(Task::Reduce { generation: Generation(1), step, slice })?;
+            let done = engine.run(Task::Reduce { generation: ONE, step, slice })?;
             if let Some(Done::Reduced { norms, .. }) = done {
                 norm += norms.iter().sum::<f64>();
             }
         }
         let reduced = start.elapsed();
-        engine.run(Task::Apply { step, norm: norm.sqrt(), slices: slices.clone() })?;
+        let verdict = Verdict::Update { norm: norm.sqrt() };
+        engine.run(Task::Apply { step, verdict, slices: slices.clone() })?;
         let total = start.elapsed();
         if step.0 > 2 {
             times.push(total.as_secs_f64());

@@ -5,6 +5,7 @@
 //! shared with the caller ([`Watch`]): once it is above a task's generation, computing for that
 //! generation stops at the next layer, and nothing of it stays behind.
 
+use crate::diagnose::Suspect;
 use crate::gradients::Gradients;
 use crate::model::Flight;
 use crate::state::{State, Weight};
@@ -16,7 +17,7 @@ use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
     BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Precision, Recipe, RunSpec, SliceId,
-    SliceSet, SliceSum, Step,
+    SliceSet, SliceSum, Step, Verdict,
 };
 use std::collections::BTreeMap;
 use std::fmt;
@@ -178,22 +179,24 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
 }
 
 /// An executor whose weights are stored as `E`.
-struct Typed<E: Weight, B, C> {
-    cpu: Cpu,
-    batch: BatchShape,
+pub(crate) struct Typed<E: Weight, B, C> {
+    pub(crate) cpu: Cpu,
+    pub(crate) batch: BatchShape,
     recipe: Recipe,
-    watch: Arc<Watch>,
-    batches: B,
+    pub(crate) watch: Arc<Watch>,
+    pub(crate) batches: B,
     checkpoints: C,
-    model: Model<E>,
-    state: State<E>,
-    gradients: Gradients,
+    pub(crate) model: Model<E>,
+    pub(crate) state: State<E>,
+    pub(crate) gradients: Gradients,
     /// Micro-batches on their way.
     flights: BTreeMap<MicroId, Flight<E>>,
     /// What came of the lane that goes back, so far.
     result: LaneResult,
     /// One divided by the counted tokens of the global batch.
-    scale: f64,
+    pub(crate) scale: f64,
+    /// The first micro-batch that came out bad, where this stage cannot compute it again by itself.
+    pub(crate) suspect: Option<Suspect>,
     /// Payloads to install (weights and training state), and those between stages.
     stored: BTreeMap<Key, Vec<f32>>,
     /// What is to go wrong next.
@@ -231,6 +234,7 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             flights: BTreeMap::new(),
             result: LaneResult { lane: 0, loss: 0.0, tokens: 0 },
             scale: 0.0,
+            suspect: None,
             stored: BTreeMap::new(),
             flaw: None,
         })
@@ -249,10 +253,14 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
                 let sums = sums.into_iter().collect::<Result<_, EngineError>>()?;
                 return Ok(Some(Done::Verified { generation, step, sums }));
             }
-            Task::Apply { step, norm, slices } => {
-                let sums = self.apply(step, norm, &slices)?;
+            Task::Apply { step, verdict, slices } => {
+                let sums = match verdict {
+                    Verdict::Update { norm } => self.apply(step, norm, &slices)?,
+                    Verdict::Skip => self.skip(step, &slices)?,
+                };
                 return Ok(Some(Done::Applied { step, sums }));
             }
+            Task::Diagnose { generation, step, lanes } => return self.diagnose(generation, step, lanes),
             Task::Install(key) => self.install(key)?,
             Task::Init { slices, part } => {
                 let ids: Vec<SliceId> = slices.iter().collect();
@@ -346,6 +354,7 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
         self.model.place(units.start as usize..units.end as usize);
         self.flights.clear();
         self.stored.clear();
+        self.suspect = None;
         Ok(())
     }
 
@@ -443,6 +452,7 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             self.abandon();
             return Ok(None);
         };
+        self.suspect(step, micro, tokens, loss, coming.as_deref());
         if !self.model.is_first() {
             self.stored.insert(key, self.model.input_gradient(tokens).to_vec());
         }
@@ -496,6 +506,17 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             let gradient = self.gradients.sound(&self.cpu, step, id, self.state.slice(id)?)?;
             let flaw = self.flaw.take_if(|flaw| matches!(flaw, Flaw::Update(_))).map(Flaw::bit);
             sums.push((id, self.state.apply(&self.cpu, id, &update, gradient, flaw)?));
+        }
+        self.gradients.applied(step, slices);
+        Ok(sums)
+    }
+
+    /// Has slices as they are at a step that passes without an update.
+    fn skip(&mut self, step: Step, slices: &SliceSet) -> Result<Vec<(SliceId, SliceSum)>, EngineError> {
+        let mut sums = Vec::with_capacity(slices.len());
+        for id in slices.iter() {
+            self.watch.begin(Doing::Applying);
+            sums.push((id, self.state.skip(&self.cpu, id, step)?));
         }
         self.gradients.applied(step, slices);
         Ok(sums)

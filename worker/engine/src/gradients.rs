@@ -149,6 +149,11 @@ impl Gradients {
         Ok(())
     }
 
+    /// The sums that were computed here, over our stage's elements.
+    pub(crate) fn own_sums(&self) -> impl Iterator<Item = &[f32]> {
+        self.own.iter().map(|(_, sum)| sum.as_slice())
+    }
+
     /// A sum that was computed here.
     pub(crate) fn own(
         &self,

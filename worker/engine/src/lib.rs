@@ -8,9 +8,10 @@
 //!
 //! Its parts, from the inside out: [`layout`] (where tensors lie in the flat model), [`init`]
 //! (weights from the seed), [`model`] (forward and backward of one micro-batch, and the scores of
-//! given texts), `gradients` and `state` (what an executor holds), [`Executor`], and [`generate`]
-//! (decoding).
+//! given texts), `gradients` and `state` (what an executor holds), [`Executor`],
+//! `diagnose` (where a step went bad), and [`generate`] (decoding).
 
+mod diagnose;
 mod error;
 mod executor;
 pub mod generate;

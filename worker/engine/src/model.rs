@@ -137,6 +137,11 @@ impl<E: Element> Model<E> {
         &self.layout
     }
 
+    /// What a pass through it needs besides weights: layout, the norms' epsilon, rotations.
+    pub(crate) fn parts(&self) -> (&Layout, E::Sum, &rope::Table<E::Sum>) {
+        (&self.layout, self.epsilon, &self.turns)
+    }
+
     /// From now on, computes with these units, which exist.
     pub fn place(&mut self, units: Range<usize>) {
         self.spare.clear();
@@ -290,6 +295,12 @@ impl<E: Element> Model<E> {
     #[must_use]
     pub fn input_gradient(&self, tokens: usize) -> &[E::Sum] {
         &self.memory.dstream[..tokens * self.layout.dim]
+    }
+
+    /// The residual stream before the stage of the micro-batch that went back last.
+    pub(crate) fn landed_input(&self, tokens: usize) -> &[E::Sum] {
+        let kept = self.spare.last().and_then(|flight| flight.kept.first());
+        kept.map_or(&[], |kept| &kept.input[..tokens * self.layout.dim])
     }
 
     /// Whether what another stage sent is there where it must be, and of the right size.
@@ -527,7 +538,7 @@ where
 }
 
 /// dx = dy·W.
-fn back<E, O>(cpu: &Cpu, dy: &[E], outputs: usize, w: &[E], inputs: usize, dx: &mut [O])
+pub(crate) fn back<E, O>(cpu: &Cpu, dy: &[E], outputs: usize, w: &[E], inputs: usize, dx: &mut [O])
 where
     E: Element,
     O: Element<Sum = E::Sum>,
@@ -537,7 +548,7 @@ where
 }
 
 /// dW += dyᵀ·x.
-fn outer<E: Element>(cpu: &Cpu, dy: View<'_, E>, x: &[E], inputs: usize, dw: &mut [E::Sum]) {
+pub(crate) fn outer<E: Element>(cpu: &Cpu, dy: View<'_, E>, x: &[E], inputs: usize, dw: &mut [E::Sum]) {
     matmul::matmul(cpu, dy.t(), View::rows_of(x, inputs), ViewMut::rows_of(dw, inputs), Into::Add);
 }
 

@@ -138,6 +138,11 @@ impl<E: Weight> State<E> {
         (slice.range.start - start) as usize..(slice.range.end - start) as usize
     }
 
+    /// The model.
+    pub(crate) fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
     /// The cut of the model.
     pub(crate) fn table(&self) -> &SliceTable {
         &self.table
@@ -357,6 +362,20 @@ impl<E: Weight> State<E> {
         }
         held.sum = sum(is);
         Ok(held.sum)
+    }
+
+    /// Has a slice's training state, which must be one step behind and sound, at `step` as it is.
+    pub(crate) fn skip(&mut self, cpu: &Cpu, id: SliceId, step: Step) -> Result<SliceSum, EngineError> {
+        let before = Step(step.0.saturating_sub(1));
+        let sum = self.verify(cpu, id, before)?;
+        let held = &mut self.held[id.0 as usize];
+        let found = held.moments.as_ref().map(|m| m.step);
+        let Some(moments) = held.moments.as_mut().filter(|m| m.step == before) else {
+            return Err(EngineError::StateAt { slice: id, expected: before, found });
+        };
+        moments.step = step;
+        held.weights = Some(step);
+        Ok(sum)
     }
 
     /// Flips a bit of what is held, as a cosmic ray would: the choice is a function of `bit`.

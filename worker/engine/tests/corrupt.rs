@@ -8,7 +8,9 @@ mod common;
 use caravan_engine::{EngineError, Executor, Flaw, fastest};
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
-use caravan_types::{Checksum, Generation, Part, Precision, SliceId, SliceSet, SliceSum, SliceTable, Step};
+use caravan_types::{
+    Checksum, Generation, Part, Precision, SliceId, SliceSet, SliceSum, SliceTable, Step, Verdict,
+};
 use common::{Memory, NoCheckpoints, spec, tiny};
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -36,7 +38,11 @@ fn reduced(precision: Precision, flaw: Option<Flaw>) -> (Engine, SliceSet, Vec<C
 }
 
 fn apply(engine: &mut Engine, slices: &SliceSet) -> Result<Vec<(SliceId, SliceSum)>, EngineError> {
-    match engine.run(Task::Apply { step: Step(1), norm: 1.0, slices: slices.clone() })? {
+    match engine.run(Task::Apply {
+        step: Step(1),
+        verdict: Verdict::Update { norm: 1.0 },
+        slices: slices.clone(),
+    })? {
         Some(Done::Applied { step: Step(1), sums }) => Ok(sums),
         other => panic!("{other:?}"),
     }

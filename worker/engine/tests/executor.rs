@@ -8,7 +8,9 @@ use caravan_kernels::Family;
 use caravan_types::lanes::cover;
 use caravan_types::peer::{Key, LaneResult};
 use caravan_types::task::{Done, Task};
-use caravan_types::{Generation, Lane, MicroId, Node, Part, RunSpec, SliceId, SliceSet, SliceTable, Step};
+use caravan_types::{
+    Generation, Lane, MicroId, Node, Part, RunSpec, SliceId, SliceSet, SliceTable, Step, Verdict,
+};
 use common::{Memory, NoCheckpoints, spec, tiny};
 use proptest::prelude::*;
 use std::cell::RefCell;
@@ -60,7 +62,9 @@ fn compute(engine: &mut Engine, step: Step, lanes: Range<Lane>) -> Vec<LaneResul
 fn step_alone(engine: &mut Engine, step: Step, slices: &SliceSet, lanes: u32) {
     compute(engine, step, 0..lanes);
     let square: f64 = slices.iter().flat_map(|s| reduce(engine, step, s)).sum();
-    engine.run(Task::Apply { step, norm: square.sqrt(), slices: slices.clone() }).unwrap();
+    engine
+        .run(Task::Apply { step, verdict: Verdict::Update { norm: square.sqrt() }, slices: slices.clone() })
+        .unwrap();
 }
 
 /// Trains on several executors, of which each computes one range of lanes and each slice has
@@ -100,7 +104,9 @@ fn train(run: &RunSpec, parts: &[Range<Lane>], redundancy: usize, steps: u64) ->
             square += votes[0].iter().sum::<f64>();
         }
         for (i, engine) in engines.iter_mut().enumerate() {
-            engine.run(Task::Apply { step, norm: square.sqrt(), slices: owned(i) }).unwrap();
+            engine
+                .run(Task::Apply { step, verdict: Verdict::Update { norm: square.sqrt() }, slices: owned(i) })
+                .unwrap();
         }
         for slice in all.iter() {
             let key = Key::Weights { step, slice };
@@ -140,7 +146,13 @@ fn training_lowers_the_loss() {
             let Some(Done::Reduced { norms, .. }) = done else { panic!("{done:?}") };
             square += norms.iter().sum::<f64>();
         }
-        engine.run(Task::Apply { step, norm: square.sqrt(), slices: slices.clone() }).unwrap();
+        engine
+            .run(Task::Apply {
+                step,
+                verdict: Verdict::Update { norm: square.sqrt() },
+                slices: slices.clone(),
+            })
+            .unwrap();
     }
     // 37 tokens: ln 37 = 3.61 at first.
     assert!((losses[0] - 3.61).abs() < 0.1 && losses[29] < 3.0, "{losses:?}");
@@ -226,8 +238,9 @@ fn train_in_stages(run: &RunSpec, borders: &[u32], steps: u64) -> (Vec<f32>, Vec
                 square += reduce(engine, step, slice).iter().sum::<f64>();
             }
         }
+        let verdict = Verdict::Update { norm: square.sqrt() };
         for (engine, stage) in engines.iter_mut().zip(&stages) {
-            engine.run(Task::Apply { step, norm: square.sqrt(), slices: owned(stage) }).unwrap();
+            engine.run(Task::Apply { step, verdict, slices: owned(stage) }).unwrap();
         }
         history.push(loss);
     }
@@ -325,7 +338,7 @@ fn a_new_place_forgets_gradients_and_payloads_but_no_state() {
     let weights = Key::Weights { step: Step(1), slice: SliceId(0) };
     engine.put(weights, vec![0.0; engine_len(&run, SliceId(0))]).unwrap();
     engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
-    let apply = Task::Apply { step: Step(1), norm: 1.0, slices: slices.clone() };
+    let apply = Task::Apply { step: Step(1), verdict: Verdict::Update { norm: 1.0 }, slices: slices.clone() };
     assert!(matches!(engine.run(apply), Err(EngineError::NotReduced { .. })));
     assert!(matches!(engine.run(Task::Install(weights)), Err(EngineError::Missing(_))));
     step_alone(&mut engine, Step(1), &slices, 8);
@@ -353,7 +366,13 @@ fn a_sum_of_the_next_step_may_come_before_this_one_is_applied() {
         let key = Key::Partial { step: Step(2), slice, node: Node { level: 2, index: 1 } };
         behind.put(key, ahead.get(key).unwrap()).unwrap();
     }
-    behind.run(Task::Apply { step: Step(1), norm: square.sqrt(), slices: slices.clone() }).unwrap();
+    behind
+        .run(Task::Apply {
+            step: Step(1),
+            verdict: Verdict::Update { norm: square.sqrt() },
+            slices: slices.clone(),
+        })
+        .unwrap();
     compute(&mut behind, Step(2), 0..4);
     let norms: Vec<f64> = slices.iter().flat_map(|s| reduce(&mut behind, Step(2), s)).collect();
 
@@ -410,7 +429,8 @@ fn what_is_not_here_is_named() {
     assert!(matches!(back, Err(EngineError::OutOfTurn { .. })));
     assert!(matches!(e.run(Task::Place { units: 1..5 }), Err(EngineError::Units(1, 5, 4))));
     step_alone(&mut e, Step(1), &slices, 8);
-    let again = e.run(Task::Apply { step: Step(1), norm: 1.0, slices: slices.clone() });
+    let again =
+        e.run(Task::Apply { step: Step(1), verdict: Verdict::Update { norm: 1.0 }, slices: slices.clone() });
     assert!(matches!(again, Err(EngineError::NotReduced { .. })));
     e.run(Task::Drop(slices.clone())).unwrap();
     assert!(matches!(

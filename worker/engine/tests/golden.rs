@@ -12,7 +12,7 @@ use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
     BatchShape, Generation, MicroBatch, ModelShape, NumericsClass, Part, Precision, Recipe, SliceSet,
-    SliceTable, Step,
+    SliceTable, Step, Verdict,
 };
 use common::{Memory, NoCheckpoints, Numbers, batch, compute, spec};
 use safetensors::SafeTensors;
@@ -237,7 +237,7 @@ fn trained<E: Element<Sum = f32>>(golden: &Golden, family: Family, precision: Pr
         }
         let norm = square.sqrt();
         norms.push(norm);
-        engine.run(Task::Apply { step, norm, slices: slices.clone() }).unwrap();
+        engine.run(Task::Apply { step, verdict: Verdict::Update { norm }, slices: slices.clone() }).unwrap();
     }
     let after = wide(&engine.weights(Step(golden.losses.len() as u64)).unwrap());
     Outcome { logits, gradient: wide(&gradient), losses, norms, after }

@@ -9,7 +9,7 @@ use caravan_engine::{Executor, fastest};
 use caravan_types::cost;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BatchShape, Generation, ModelShape, Part, Precision, RunSpec, SliceSet, SliceTable, Step,
+    BatchShape, Generation, ModelShape, Part, Precision, RunSpec, SliceSet, SliceTable, Step, Verdict,
 };
 use common::{Memory, NoCheckpoints, compute, spec};
 use std::process::Command;
@@ -37,7 +37,9 @@ fn train(run: &RunSpec) {
             let Some(Done::Reduced { norms, .. }) = done else { panic!("{done:?}") };
             norm += norms.iter().sum::<f64>();
         }
-        engine.run(Task::Apply { step, norm: norm.sqrt(), slices: slices.clone() }).unwrap();
+        engine
+            .run(Task::Apply { step, verdict: Verdict::Update { norm: norm.sqrt() }, slices: slices.clone() })
+            .unwrap();
     }
 }
 

@@ -40,7 +40,7 @@ impl Run {
         let prepared = prepare(&request, &dir.path().join("cache"), &()).unwrap();
         let shape = ModelShape::preset("260k").unwrap();
         let spec = RunSpec {
-            version: 1,
+            version: caravan_types::run_spec::RUN_SPEC_VERSION,
             name: "three-steps".into(),
             model: ModelShape { dim: 32, layers: 2, heads: 4, kv_heads: 2, hidden: 64, context: 16, ..shape },
             data: prepared.spec,
@@ -85,7 +85,7 @@ impl Run {
         Plan {
             generation: Generation(1),
             base: Step(0),
-            norm: None,
+            verdict: None,
             members: members.to_vec(),
             pipelines: (0..).zip(members).map(pipeline).collect(),
             owners: vec![members.iter().map(|m| m.worker).collect(); slices],

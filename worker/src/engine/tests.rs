@@ -4,7 +4,7 @@ use super::*;
 use crate::fabric::test_link;
 use caravan_types::peer::LaneResult;
 use caravan_types::task::SavedPart;
-use caravan_types::{Digest, MicroId, SliceId, SliceSet, Step};
+use caravan_types::{Digest, MicroId, SliceId, SliceSet, Step, Verdict};
 use std::collections::BTreeMap;
 use std::sync::mpsc as std_mpsc;
 
@@ -59,7 +59,7 @@ fn compute(generation: u64) -> Task {
 }
 
 fn apply() -> Task {
-    Task::Apply { step: Step(1), norm: 1.0, slices: SliceSet::all(1) }
+    Task::Apply { step: Step(1), verdict: Verdict::Update { norm: 1.0 }, slices: SliceSet::all(1) }
 }
 
 fn save(step: u64) -> Task {

@@ -35,7 +35,7 @@ fn hello() -> Hello {
 
 fn welcome() -> Welcome {
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "run".into(),
         model: ModelShape::preset("260k").unwrap(),
         data: DataSpec { digest: Digest([1; 32]), tokens: 1000 },

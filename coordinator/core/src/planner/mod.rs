@@ -55,7 +55,7 @@ pub use error::NoPlan;
 use crate::owners;
 use caravan_types::{
     BatchShape, Dispute, Generation, IdleReason, Member, ModelShape, Pipeline, Plan, Precision, SliceId,
-    SliceSet, SliceTable, Source, Step, WorkerId,
+    SliceSet, SliceTable, Source, Step, Verdict, WorkerId,
 };
 use costs::EQUAL;
 use problem::{Problem, memory, owning};
@@ -107,8 +107,8 @@ pub struct Candidate {
 pub struct Start {
     /// The step.
     pub base: Step,
-    /// Its norm, where a member may have to apply it first.
-    pub norm: Option<f64>,
+    /// How it is applied, where a member may have to apply it first.
+    pub verdict: Option<Verdict>,
     /// Where slices come from that no candidate holds.
     pub origin: Source,
 }
@@ -151,8 +151,8 @@ pub fn plan(
     let (slices, origin) = (&problem.slices, start.origin);
     let transfers = transfers::transfers(table, slices, origin, &pipelines, &owners, &candidates);
     let members = candidates.iter().map(|c| c.member.clone()).collect();
-    let (Start { base, norm, .. }, disputes) = (start, disputes.to_vec());
-    Ok(Plan { generation, base, norm, members, pipelines, owners, transfers, idle, disputes })
+    let (Start { base, verdict, .. }, disputes) = (start, disputes.to_vec());
+    Ok(Plan { generation, base, verdict, members, pipelines, owners, transfers, idle, disputes })
 }
 
 /// Owners who differed about a slice's gradient get another one, who makes a majority. What it

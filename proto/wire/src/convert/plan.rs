@@ -7,7 +7,9 @@ use crate::limits::{
     self, MAX_LANES, MAX_MEMBERS, MAX_PLAN_SLICES, MAX_SLICES, MAX_UNITS, count, required, text,
 };
 use crate::pb;
-use caravan_types::{IdleReason, Member, Part, Pipeline, Plan, SliceSet, Source, Stage, Transfer, WorkerId};
+use caravan_types::{
+    IdleReason, Member, Part, Pipeline, Plan, SliceSet, Source, Stage, Transfer, Verdict, WorkerId,
+};
 use std::ops::Range;
 
 variants!(Part, pb::Part, part, [Weights, State]);
@@ -46,7 +48,7 @@ impl From<&Plan> for pb::Plan {
         Self {
             generation: plan.generation.0,
             base: plan.base.0,
-            norm: plan.norm,
+            verdict: plan.verdict.map(Into::into),
             members: plan.members.iter().map(Into::into).collect(),
             pipelines: plan.pipelines.iter().map(Into::into).collect(),
             owners: plan.owners.iter().map(Into::into).collect(),
@@ -73,7 +75,7 @@ impl TryFrom<pb::Plan> for Plan {
         Ok(Self {
             generation: limits::generation(plan.generation, "Plan.generation")?,
             base: limits::step(plan.base, "Plan.base")?,
-            norm: plan.norm,
+            verdict: plan.verdict.map(TryInto::try_into).transpose()?,
             members,
             pipelines: plan.pipelines.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             transfers: transfers(plan.transfers, plan.owners.len() as u32)?,
@@ -81,6 +83,30 @@ impl TryFrom<pb::Plan> for Plan {
             idle: plan.idle.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             disputes: disputes(plan.disputes, "Plan.disputes")?,
         })
+    }
+}
+
+impl From<Verdict> for pb::Verdict {
+    fn from(verdict: Verdict) -> Self {
+        use pb::verdict::How;
+        let how = match verdict {
+            Verdict::Update { norm } => How::Norm(norm),
+            Verdict::Skip => How::Skip(pb::Skip {}),
+        };
+        Self { how: Some(how) }
+    }
+}
+
+impl TryFrom<pb::Verdict> for Verdict {
+    type Error = Malformed;
+
+    fn try_from(verdict: pb::Verdict) -> Result<Self, Malformed> {
+        use pb::verdict::How;
+        match required(verdict.how, "Verdict.how")? {
+            How::Norm(norm) if norm.is_finite() => Ok(Self::Update { norm }),
+            How::Norm(_) => Err(Why::NotFinite.at("Verdict.norm")),
+            How::Skip(pb::Skip {}) => Ok(Self::Skip),
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use caravan_types::progress::EngineProgress;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::task::SavedPart;
 use caravan_types::timing::millis;
-use caravan_types::{Digest, Plan, RunSpec, SliceId, Timing};
+use caravan_types::{Digest, NonFinite, NotFinite, Plan, RunSpec, SliceId, Timing};
 use prost::Message as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ variants!(
     activity,
     [Waiting, Healing, Computing, Reducing, Preparing, Publishing, Finished]
 );
-variants!(Farewell, pb::Farewell, farewell, [Finished, Drained, Left, Fenced, Failed, Corrupt]);
+variants!(Farewell, pb::Farewell, farewell, [Finished, Drained, Left, Fenced, Failed, Corrupt, NonFinite]);
 
 impl TryFrom<pb::FromWorker> for Up {
     type Error = Malformed;
@@ -73,6 +73,7 @@ impl TryFrom<pb::FromWorker> for Up {
                 step: limits::step(failed.step, "LoadFailed.step")?,
                 reason: text(failed.reason, "LoadFailed.reason")?,
             },
+            Message::NonFinite(told) => FromWorker::NonFinite(told.try_into()?),
             Message::Leaving(pb::Leaving {}) => FromWorker::Leaving,
         }))
     }
@@ -121,12 +122,13 @@ impl From<FromWorker> for from_worker::Message {
                 step: step.0,
                 reason: cut(reason),
             }),
+            FromWorker::NonFinite(told) => Self::NonFinite(told.into()),
             FromWorker::Leaving => Self::Leaving(pb::Leaving {}),
         }
     }
 }
 
-/// Longest description of a wait or an activity: a dozen numbers with their names.
+/// Longest description of a wait, an activity or a finding: a dozen numbers with their names.
 const MAX_PROGRESS: usize = 1 << 10;
 
 #[expect(clippy::expect_used, reason = "only maps and hand-written serialisers fail; these have neither")]
@@ -323,7 +325,7 @@ impl From<Report> for pb::Report {
         Self {
             generation: report.generation.0,
             applied: report.applied.0,
-            norm: report.norm,
+            verdict: report.verdict.map(Into::into),
             state: Some((&report.state).into()),
             weights: Some((&report.weights).into()),
             prepared: report.prepared.as_ref().map(Into::into),
@@ -340,7 +342,7 @@ impl TryFrom<pb::Report> for Report {
         Ok(Self {
             generation: limits::generation(report.generation, "Report.generation")?,
             applied: limits::step(report.applied, "Report.applied")?,
-            norm: report.norm,
+            verdict: report.verdict.map(TryInto::try_into).transpose()?,
             state: slice_set(report.state, "Report.state")?,
             weights: slice_set(report.weights, "Report.weights")?,
             prepared: report.prepared.map(prepared).transpose()?,
@@ -368,6 +370,29 @@ impl TryFrom<pb::Committed> for Committed {
             norm,
             tokens,
             took_ms,
+        })
+    }
+}
+
+impl From<NonFinite> for pb::NonFinite {
+    fn from(told: NonFinite) -> Self {
+        let NonFinite { generation, step, what, skipped, finding } = told;
+        let (loss, finding) = (what == NotFinite::Loss, finding.as_ref().map(to_json).unwrap_or_default());
+        Self { generation: generation.0, step: step.0, loss, skipped, finding }
+    }
+}
+
+impl TryFrom<pb::NonFinite> for NonFinite {
+    type Error = Malformed;
+
+    fn try_from(told: pb::NonFinite) -> Result<Self, Malformed> {
+        let finding = Some(&told.finding).filter(|json| !json.is_empty());
+        Ok(Self {
+            generation: limits::generation(told.generation, "NonFinite.generation")?,
+            step: limits::step(told.step, "NonFinite.step")?,
+            what: if told.loss { NotFinite::Loss } else { NotFinite::Gradient },
+            skipped: told.skipped,
+            finding: finding.map(|json| from_json(json, "NonFinite.finding")).transpose()?,
         })
     }
 }

@@ -40,6 +40,7 @@ impl From<Snapshot> for pb::Snapshot {
             last: snapshot.last.map(Into::into),
             eta_seconds: snapshot.eta_seconds,
             checkpoint: snapshot.checkpoint.map(|step| step.0),
+            skipped: snapshot.skipped,
             workers: snapshot.workers.into_iter().map(Into::into).collect(),
         }
     }
@@ -60,6 +61,7 @@ impl TryFrom<pb::Snapshot> for Snapshot {
             last: snapshot.last.map(TryInto::try_into).transpose()?,
             eta_seconds: snapshot.eta_seconds,
             checkpoint: checkpoint.transpose()?,
+            skipped: below(snapshot.skipped, limits::MAX_COUNT, "Snapshot.skipped")?,
             workers: snapshot.workers.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
     }

@@ -47,7 +47,7 @@ pub(super) fn candidate(id: u64, speed: f64, memory: u64) -> Candidate {
     }
 }
 
-pub(super) const START: Start = Start { base: Step(7), norm: None, origin: Source::Init };
+pub(super) const START: Start = Start { base: Step(7), verdict: None, origin: Source::Init };
 
 pub(super) fn planned(demand: &Demand, candidates: &[Candidate]) -> Result<Plan, NoPlan> {
     after(demand, candidates, &[])
