@@ -77,15 +77,8 @@ fn precision() -> Result<Precision, String> {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let (preset, model) = preset()?;
-    let number = |name: &str, default: usize| option(name).map_or(Ok(default), |v| v.parse());
-    let (sequences, threads) = (number("--batch", 16)?, number("--threads", 2)?);
-    let steps = number("--steps", 6)? as u64;
-    let length = number("--length", model.context as usize)?;
-    let precision = precision()?;
-    let family = option("--family").unwrap_or_else(|| caravan_engine::fastest(precision).name().into());
-    let spec = RunSpec {
+fn spec(model: &ModelShape, precision: Precision, family: &str, [sequences, length]: [usize; 2]) -> RunSpec {
+    RunSpec {
         version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "bench".into(),
         data: DataSpec { digest: Digest::default(), tokens: 0 },
@@ -97,9 +90,20 @@ fn main() -> Result<(), Box<dyn Error>> {
         },
         recipe: Recipe { learning_rate: 5e-4, warmup_steps: 0, ..Recipe::default() },
         seed: 0,
-        numerics: NumericsClass { precision, family: family.clone() },
+        numerics: NumericsClass { precision, family: family.to_owned() },
         model: model.clone(),
-    };
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let (preset, model) = preset()?;
+    let number = |name: &str, default: usize| option(name).map_or(Ok(default), |v| v.parse());
+    let (sequences, threads) = (number("--batch", 16)?, number("--threads", 2)?);
+    let steps = number("--steps", 6)? as u64;
+    let length = number("--length", model.context as usize)?;
+    let precision = precision()?;
+    let family = option("--family").unwrap_or_else(|| caravan_engine::fastest(precision).name().into());
+    let spec = spec(&model, precision, &family, [sequences, length]);
     let source = Random { sequences, length, vocab: model.vocab };
     let mut engine = Executor::new(&spec, threads, Arc::<Watch>::default(), source, Nowhere)?;
     let slices = SliceSet::all(SliceTable::new(&model).len());
