@@ -164,5 +164,5 @@ fn spec(settings: &Settings, data: DataSpec, path: &Path) -> Result<RunSpec, Run
             None => Family::best().name().to_owned(),
         },
     };
-    Ok(settings.spec(data, &family))
+    Ok(settings.spec(caravan_types::Initial::Seed, data, &family))
 }

@@ -354,6 +354,7 @@ mod tests {
             data: DataSpec { digest: Digest([1; 32]), tokens: 10 },
             batch: BatchShape { lanes: 4, micro_batches: 1, sequences: 1, sequence_length: 32 },
             recipe: Recipe { steps: 100, learning_rate: 0.1 + 0.2, ..Recipe::default() },
+            init: caravan_types::Initial::Seed,
             seed: 1,
             numerics: NumericsClass { precision: Precision::Fp32, family: "avx2".into() },
         }

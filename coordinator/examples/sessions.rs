@@ -76,12 +76,13 @@ async fn coordinate(sessions: usize, kills: usize) -> Outcome<()> {
 fn options(dir: &Path, workers: usize) -> Option<Options> {
     let lanes = workers.next_power_of_two() as u32 / 2;
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "sessions".into(),
         model: ModelShape::preset("15m")?,
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
         batch: BatchShape { lanes: lanes.max(1), micro_batches: 1, sequences: 1, sequence_length: 128 },
         recipe: Recipe { steps: 1_000_000, warmup_steps: 10, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     };

@@ -32,12 +32,13 @@ const DETECT_MS: u64 = 400;
 
 fn options(dir: &Path) -> Options {
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "demo".into(),
         model: ModelShape::preset("260k").unwrap(),
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
         batch: BatchShape { lanes: 4, micro_batches: 1, sequences: 2, sequence_length: 128 },
         recipe: Recipe { steps: 100, warmup_steps: 10, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     };

@@ -7,7 +7,7 @@ use crate::config::{self, Kernels, Override, Settings};
 use crate::estimate::{Memory, bytes, grouped, parameters_by_unit, si};
 use crate::{Outcome, run_dir::RunDir};
 use caravan_kernels::Family;
-use caravan_types::{SliceTable, Step};
+use caravan_types::{RopeScaling, SliceTable, Step};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use toml::Value;
@@ -60,6 +60,9 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "context", i64::from(m.context), "")?;
     line(out, "norm_eps", short(m.norm_eps), "")?;
     line(out, "rope_theta", short(m.rope_theta), "")?;
+    if let Some(scaling) = m.rope_scaling {
+        print_scaling(scaling, out)?;
+    }
 
     writeln!(out, "\n[data]")?;
     line(out, "paths", texts(s.data.paths.iter().map(|p| p.display().to_string())), "")?;
@@ -114,6 +117,22 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
 
     writeln!(out, "\n[generate]")?;
     line(out, "prompt", s.prompt.as_str(), "")
+}
+
+fn print_scaling(scaling: RopeScaling, out: &mut dyn Write) -> io::Result<()> {
+    match scaling {
+        RopeScaling::Linear { factor } => {
+            line(out, "rope_scaling.type", "linear", "")?;
+            line(out, "rope_scaling.factor", short(factor), "")
+        }
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            line(out, "rope_scaling.type", "llama3", "")?;
+            line(out, "rope_scaling.factor", short(factor), "")?;
+            line(out, "rope_scaling.low_freq_factor", short(low_freq_factor), "")?;
+            line(out, "rope_scaling.high_freq_factor", short(high_freq_factor), "")?;
+            line(out, "rope_scaling.original_context", i64::from(original_context), "")
+        }
+    }
 }
 
 fn texts(items: impl Iterator<Item = String>) -> Value {
@@ -232,6 +251,8 @@ mod tests {
                 "cluster.stragglers=rebalance",
                 "recipe.learning_rate=0.30000000000000004",
             ],
+            &["model.rope_theta=500000", "model.rope_scaling={type=\"llama3\",factor=32}"],
+            &["model.rope_scaling={type=\"linear\",factor=2.5}"],
         ] {
             let file = dir.path().join("again.toml");
             fs::write(&file, output(set)).unwrap();

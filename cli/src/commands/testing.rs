@@ -31,12 +31,13 @@ impl Tiny {
         let small = ModelShape::preset("260k").unwrap();
         let model = ModelShape { dim: 32, layers: 1, hidden: 64, vocab: 300, context: 32, ..small };
         let spec = RunSpec {
-            version: 1,
+            version: caravan_types::run_spec::RUN_SPEC_VERSION,
             name: "tiny".into(),
             model,
             data: prepared.spec,
             batch: BatchShape { lanes: 2, micro_batches: 1, sequences: 2, sequence_length: 32 },
             recipe: Recipe { steps: 10, ..Recipe::default() },
+            init: caravan_types::Initial::Seed,
             seed: 1,
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
         };

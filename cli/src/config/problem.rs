@@ -139,6 +139,11 @@ pub enum Fault {
         /// Key and value heads.
         kv_heads: u32,
     },
+    /// Rotary frequencies cannot be scaled so.
+    RopeScaling {
+        /// What would do.
+        what: &'static str,
+    },
     /// The model has no positions for such a sequence.
     LongerThanContext {
         /// Longest sequence of the model.
@@ -219,6 +224,7 @@ impl fmt::Display for Fault {
                 "{heads} query heads cannot share {kv_heads} key and value heads evenly; {} would",
                 nearest((1..=*heads).filter(|k| heads % k == 0), *kv_heads)
             ),
+            Self::RopeScaling { what } => f.write_str(what),
             Self::LongerThanContext { context } => write!(
                 f,
                 "is longer than model.context = {context}: make it at most {context}, or raise model.context"

@@ -7,7 +7,7 @@ use caravan_data::{LEAST_VOCAB, Request};
 use caravan_kernels::Family;
 use caravan_types::progress::Stragglers;
 use caravan_types::timing::DETECT;
-use caravan_types::{BatchShape, ModelShape, Precision, Recipe, Timing};
+use caravan_types::{BatchShape, ModelShape, Precision, Recipe, RopeScaling, Timing};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -100,6 +100,7 @@ fn model(r: &mut Reader, length: Option<u32>) -> Option<ModelShape> {
     let context = r.integer32("model.context", 1..=MOST_TOKENS);
     let norm_eps = r.number("model.norm_eps", 1e-12..=1.0);
     let rope_theta = r.number("model.rope_theta", 1.0..=1e9);
+    let rope_scaling = rope_scaling(r)?;
     let examples = [
         ("model.dim", "the width of the model, such as 256; or name a model.preset"),
         ("model.layers", "the number of layers, such as 6; or name a model.preset"),
@@ -129,7 +130,49 @@ fn model(r: &mut Reader, length: Option<u32>) -> Option<ModelShape> {
         context: context.or(p.map(|p| p.context)).or(length).unwrap_or(1),
         norm_eps: norm_eps.map(|e| e as f32).or(p.map(|p| p.norm_eps)).unwrap_or(1e-5),
         rope_theta: rope_theta.map(|t| t as f32).or(p.map(|p| p.rope_theta)).unwrap_or(10_000.0),
+        rope_scaling,
     })
+}
+
+/// Scaled rotary frequencies, where there is a `model.rope_scaling.type`; none at all where
+/// what is given cannot be used.
+fn rope_scaling(r: &mut Reader) -> Option<Option<RopeScaling>> {
+    const KIND: &str = "model.rope_scaling.type";
+    let kind = r.choice(KIND, "\"linear\", \"llama3\"", |kind| {
+        ["linear", "llama3"].into_iter().find(|known| *known == kind)
+    });
+    let factor = r.number("model.rope_scaling.factor", 1.0..=1e6).map(|f| f as f32);
+    let low = r.number("model.rope_scaling.low_freq_factor", 1e-3..=1e3).map(|f| f as f32);
+    let high = r.number("model.rope_scaling.high_freq_factor", 1e-3..=1e3).map(|f| f as f32);
+    let context = r.integer32("model.rope_scaling.original_context", 1..=MOST_TOKENS);
+    let keys = ["factor", "low_freq_factor", "high_freq_factor", "original_context"];
+    let any = keys.iter().any(|key| r.has(&format!("model.rope_scaling.{key}")));
+    let scaling = match kind {
+        None if r.has(KIND) => return None,
+        None if any => {
+            r.fault(
+                KIND,
+                Fault::Missing { example: "how the frequencies are scaled, \"linear\" or \"llama3\"" },
+            );
+            return None;
+        }
+        None => return Some(None),
+        Some("linear") => RopeScaling::Linear { factor: factor? },
+        // Without them, Llama 3.1's numbers.
+        Some(_) => RopeScaling::Llama3 {
+            factor: factor.unwrap_or(8.0),
+            low_freq_factor: low.unwrap_or(1.0),
+            high_freq_factor: high.unwrap_or(4.0),
+            original_context: context.unwrap_or(8192),
+        },
+    };
+    match scaling.fault() {
+        Some(what) => {
+            r.fault(KIND, Fault::RopeScaling { what });
+            None
+        }
+        None => Some(Some(scaling)),
+    }
 }
 
 /// Whether heads share the width, and key and value heads the heads; none where they do not.

@@ -3,7 +3,9 @@
 use caravan_data::Request;
 use caravan_types::progress::Stragglers;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
-use caravan_types::{BatchShape, DataSpec, ModelShape, NumericsClass, Precision, Recipe, RunSpec, Timing};
+use caravan_types::{
+    BatchShape, DataSpec, Initial, ModelShape, NumericsClass, Precision, Recipe, RunSpec, Timing,
+};
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -117,11 +119,12 @@ impl fmt::Display for Note {
 impl Settings {
     /// The run spec, once the data is prepared and the instruction family known.
     #[must_use]
-    pub fn spec(&self, data: DataSpec, family: &str) -> RunSpec {
+    pub fn spec(&self, init: Initial, data: DataSpec, family: &str) -> RunSpec {
         RunSpec {
             version: RUN_SPEC_VERSION,
             name: self.name.clone(),
             model: self.model.clone(),
+            init,
             data,
             batch: self.batch,
             recipe: self.recipe.clone(),

@@ -122,6 +122,12 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         ),
         ("model.kv_heads=3", "4 query heads cannot share 3 key and value heads evenly; 2 or 4 would"),
         ("model.context=16", "is longer than model.context = 16"),
+        ("model.rope_scaling={type=\"yarn\"}", "must be one of \"linear\", \"llama3\""),
+        ("model.rope_scaling.factor=8", "is missing: how the frequencies are scaled"),
+        (
+            "model.rope_scaling={type=\"llama3\",low_freq_factor=5}",
+            "low_freq_factor must be above 0 and high_freq_factor above that",
+        ),
         ("model.preset=8b", "must be one of \"260k\", \"15m\""),
         ("model.vocab=100", "must be from 260"),
         ("model.dim=-5", "must be from 2"),

@@ -79,6 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             sequence_length: length as u32,
         },
         recipe: Recipe { learning_rate: 5e-4, warmup_steps: 0, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 0,
         numerics: NumericsClass { precision: Precision::Fp32, family: family.clone() },
         model: model.clone(),

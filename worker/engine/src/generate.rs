@@ -55,7 +55,7 @@ impl<'a, R: Real> Generator<'a, R> {
         Ok(Self {
             cpu,
             epsilon: R::from_f64(f64::from(shape.norm_eps)),
-            turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
+            turns: rope::Table::new(layout.context, &shape.rope_rates()),
             cache: (0..layout.layers).map(|_| [vec![R::ZERO; rows], vec![R::ZERO; rows]]).collect(),
             position: 0,
             logits: vec![R::ZERO; layout.vocab],

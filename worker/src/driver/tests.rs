@@ -40,12 +40,13 @@ impl Run {
         let prepared = prepare(&request, &dir.path().join("cache"), &()).unwrap();
         let shape = ModelShape::preset("260k").unwrap();
         let spec = RunSpec {
-            version: 1,
+            version: caravan_types::run_spec::RUN_SPEC_VERSION,
             name: "three-steps".into(),
             model: ModelShape { dim: 32, layers: 2, heads: 4, kv_heads: 2, hidden: 64, context: 16, ..shape },
             data: prepared.spec,
             batch: BatchShape { lanes: LANES, micro_batches: 1, sequences: 2, sequence_length: 16 },
             recipe: Recipe { steps: 3, warmup_steps: 1, ..Recipe::default() },
+            init: caravan_types::Initial::Seed,
             seed: 7,
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
         };

@@ -35,12 +35,13 @@ fn hello() -> Hello {
 
 fn welcome() -> Welcome {
     let spec = RunSpec {
-        version: 1,
+        version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "run".into(),
         model: ModelShape::preset("260k").unwrap(),
         data: DataSpec { digest: Digest([1; 32]), tokens: 1000 },
         batch: BatchShape { lanes: 2, micro_batches: 1, sequences: 1, sequence_length: 8 },
         recipe: Recipe::default(),
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     };

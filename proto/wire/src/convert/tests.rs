@@ -167,9 +167,9 @@ fn an_unknown_variant_and_one_that_is_not_set_are_refused() {
 
 #[test]
 fn a_run_spec_of_another_version_or_with_an_unknown_key_is_refused() {
-    let another = pb::RunSpec { version: 2, json: b"{}".to_vec() };
-    assert_eq!(RunSpec::try_from(another), Err(Why::Version { is: 2, must: 1 }.at("RunSpec.version")));
-    let unknown = pb::RunSpec { version: 1, json: br#"{"version":1,"colour":"red"}"#.to_vec() };
+    let another = pb::RunSpec { version: 1, json: b"{}".to_vec() };
+    assert_eq!(RunSpec::try_from(another), Err(Why::Version { is: 1, must: 2 }.at("RunSpec.version")));
+    let unknown = pb::RunSpec { version: 2, json: br#"{"version":2,"colour":"red"}"#.to_vec() };
     let error = RunSpec::try_from(unknown).unwrap_err();
     assert!(error.to_string().contains("unknown field `colour`"), "{error}");
 }
