@@ -5,6 +5,7 @@ mod audit;
 mod chaos;
 mod commands;
 mod config;
+mod engine_logits;
 mod estimate;
 mod job;
 mod preparing;
@@ -49,6 +50,8 @@ enum Command {
     Chaos(commands::chaos::Args),
     /// Generate text from a checkpoint.
     Generate(commands::generate::Args),
+    /// Convert a model between checkpoints, Hugging Face's and Meta's layout.
+    Convert(commands::convert::Args),
     /// Show a run at this moment.
     Status(commands::status::Args),
 }
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
         Command::Replay(args) => commands::replay::run(&args, &mut out),
         Command::Chaos(args) => commands::chaos::run(&args, &mut out),
         Command::Generate(args) => commands::generate::run(&args, &mut out),
+        Command::Convert(args) => commands::convert::run(&args, &mut out),
         Command::Status(args) => commands::status::run(&args, &mut out),
     };
     match outcome.and_then(|()| Ok(out.flush()?)) {

@@ -95,7 +95,10 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
 }
 
 /// The checkpoint that a folder is, or the newest intact one of the run that it is.
-fn open(dir: &Path) -> Result<Checkpoint, Failure> {
+///
+/// # Errors
+/// Where there is none, or none that is intact.
+pub fn open(dir: &Path) -> Result<Checkpoint, Failure> {
     if !dir.is_dir() {
         return Err(GenerateError::NoFolder(dir.to_owned()).into());
     }

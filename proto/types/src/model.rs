@@ -8,6 +8,7 @@
 
 use crate::UnitId;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::ops::Range;
 
 /// The shape of one Llama-2-type model.
@@ -59,6 +60,17 @@ pub enum RopeScaling {
         /// The context that the model was first trained with, in tokens.
         original_context: u32,
     },
+}
+
+impl fmt::Display for RopeScaling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Linear { factor } => write!(f, "linear {factor}"),
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                write!(f, "llama3 {factor} ({low_freq_factor} to {high_freq_factor} of {original_context})")
+            }
+        }
+    }
 }
 
 impl RopeScaling {
