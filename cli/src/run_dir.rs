@@ -6,6 +6,7 @@
 //!   runs/dependencies/
 //!     spec.json                the run spec: what decides the weights
 //!     data.json                where the prepared data is
+//!     init.json                which weights it starts with, where these are not its seed's
 //!     checkpoints/             see caravan-checkpoint
 //!     store/                   the coordinator's records
 //!     ledger.jsonl             what was committed; `caravan audit` reads it
@@ -211,6 +212,12 @@ impl RunDir {
     #[must_use]
     pub fn spec(&self) -> &RunSpec {
         &self.spec
+    }
+
+    /// The list of the weights that it starts with, in the folder of a run.
+    #[must_use]
+    pub fn init(path: &Path) -> PathBuf {
+        path.join("init.json")
     }
 
     /// The checkpoints.

@@ -90,6 +90,7 @@ fn options(dir: &Path, workers: usize) -> Option<Options> {
         spec,
         store: dir.join("store"),
         checkpoints: dir.join("checkpoints"),
+        init: None,
         ledger: dir.join("ledger.jsonl"),
         control: dir.join("control.jsonl"),
         metrics: dir.join("metrics.jsonl"),

@@ -46,6 +46,7 @@ fn options(dir: &Path) -> Options {
         spec,
         store: dir.join("store"),
         checkpoints: dir.join("checkpoints"),
+        init: None,
         ledger: dir.join("ledger.jsonl"),
         control: dir.join("control.jsonl"),
         metrics: dir.join("metrics.jsonl"),

@@ -7,7 +7,7 @@ use crate::config::{self, Kernels, Override, Settings};
 use crate::estimate::{Memory, bytes, grouped, parameters_by_unit, si};
 use crate::{Outcome, run_dir::RunDir};
 use caravan_kernels::Family;
-use caravan_types::{RopeScaling, SliceTable, Step};
+use caravan_types::{ModelShape, RopeScaling, SliceTable, Step};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use toml::Value;
@@ -44,25 +44,15 @@ fn line(out: &mut dyn Write, key: &str, value: impl Into<Value>, remark: &str) -
 fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "name", s.name.as_str(), "")?;
     line(out, "seed", s.seed as i64, "")?;
+    if let Some(init) = &s.init {
+        line(out, "init", init.display().to_string(), "its weights are those of step 0")?;
+    }
     line(out, "precision", s.precision.to_string(), "")?;
     match &s.kernels {
         Kernels::Auto => line(out, "kernels", "auto", &format!("{} on this machine", Family::best()))?,
         Kernels::Named(name) => line(out, "kernels", name.as_str(), "")?,
     }
-    let m = &s.model;
-    writeln!(out, "\n[model]")?;
-    line(out, "dim", i64::from(m.dim), "")?;
-    line(out, "layers", i64::from(m.layers), "")?;
-    line(out, "heads", i64::from(m.heads), &format!("of {} dimensions", m.head_dim()))?;
-    line(out, "kv_heads", i64::from(m.kv_heads), "")?;
-    line(out, "hidden", i64::from(m.hidden), "")?;
-    line(out, "vocab", i64::from(m.vocab), "")?;
-    line(out, "context", i64::from(m.context), "")?;
-    line(out, "norm_eps", short(m.norm_eps), "")?;
-    line(out, "rope_theta", short(m.rope_theta), "")?;
-    if let Some(scaling) = m.rope_scaling {
-        print_scaling(scaling, out)?;
-    }
+    print_model(&s.model, out)?;
 
     writeln!(out, "\n[data]")?;
     line(out, "paths", texts(s.data.paths.iter().map(|p| p.display().to_string())), "")?;
@@ -117,6 +107,20 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
 
     writeln!(out, "\n[generate]")?;
     line(out, "prompt", s.prompt.as_str(), "")
+}
+
+fn print_model(m: &ModelShape, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "\n[model]")?;
+    line(out, "dim", i64::from(m.dim), "")?;
+    line(out, "layers", i64::from(m.layers), "")?;
+    line(out, "heads", i64::from(m.heads), &format!("of {} dimensions", m.head_dim()))?;
+    line(out, "kv_heads", i64::from(m.kv_heads), "")?;
+    line(out, "hidden", i64::from(m.hidden), "")?;
+    line(out, "vocab", i64::from(m.vocab), "")?;
+    line(out, "context", i64::from(m.context), "")?;
+    line(out, "norm_eps", short(m.norm_eps), "")?;
+    line(out, "rope_theta", short(m.rope_theta), "")?;
+    m.rope_scaling.map_or(Ok(()), |scaling| print_scaling(scaling, out))
 }
 
 fn print_scaling(scaling: RopeScaling, out: &mut dyn Write) -> io::Result<()> {

@@ -80,7 +80,7 @@ enum ConvertError {
 /// A model that is open.
 enum Model {
     Folder(Folder),
-    Checkpoint(Flat, Checkpoint),
+    Checkpoint(Flat, Box<Checkpoint>),
 }
 
 impl Model {
@@ -97,7 +97,7 @@ impl Model {
         let shape = checkpoint.manifest().spec.model.clone();
         let flat = Flat::new(shape, checkpoint.weights()?);
         let flat = flat.ok_or_else(|| ConvertError::Weights(checkpoint.dir().to_owned()))?;
-        Ok(Self::Checkpoint(flat, checkpoint))
+        Ok(Self::Checkpoint(flat, Box::new(checkpoint)))
     }
 
     fn source(&self) -> &dyn Source {

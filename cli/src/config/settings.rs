@@ -8,6 +8,7 @@ use caravan_types::{
 };
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// A run file as understood.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +17,8 @@ pub struct Settings {
     pub name: String,
     /// Key of all randomness.
     pub seed: u64,
+    /// The folder whose weights it starts with; its seed's where none.
+    pub init: Option<PathBuf>,
     /// The model.
     pub model: ModelShape,
     /// How a global batch is cut.
@@ -89,6 +92,15 @@ pub enum Note {
         /// Cores of this machine.
         cores: u32,
     },
+    /// The head of the weights that the run starts with is their embedding.
+    Tied(PathBuf),
+    /// The weights that the run starts with have no tokenizer that can be used.
+    NoTokenizer {
+        /// Their folder.
+        folder: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// The live page and control port can be reached by others.
     NotLoopback(SocketAddr),
 }
@@ -107,6 +119,17 @@ impl fmt::Display for Note {
             Self::TooManyThreads { workers, threads, cores } => write!(
                 f,
                 "{workers} workers × {threads} threads are more than the {cores} cores of this machine"
+            ),
+            Self::Tied(folder) => write!(
+                f,
+                "the head of {} is its embedding (tie_word_embeddings): here it starts as a copy of it, and is trained on \
+                 its own",
+                folder.display()
+            ),
+            Self::NoTokenizer { folder, why } => write!(
+                f,
+                "{} has no tokenizer that can be used ({why}): train on its own tokens, or give data.tokenizer",
+                folder.display()
             ),
             Self::NotLoopback(address) => write!(
                 f,

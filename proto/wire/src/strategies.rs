@@ -126,18 +126,29 @@ pub(crate) fn hello() -> impl Strategy<Value = Hello> {
 }
 
 pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
-    (worker(), run_spec(), (any::<u32>(), timing(), any::<u64>()), text(), text(), step()).prop_map(
-        |(worker, spec, (redundancy, timing, checkpoint_every), data, checkpoints, committed)| Welcome {
-            worker,
-            spec,
-            redundancy,
-            timing,
-            checkpoint_every,
-            data,
-            checkpoints,
-            committed,
-        },
+    (
+        worker(),
+        run_spec(),
+        (any::<u32>(), timing(), any::<u64>()),
+        text(),
+        (text(), option::of(text())),
+        step(),
     )
+        .prop_map(
+            |(worker, spec, (redundancy, timing, checkpoint_every), data, (checkpoints, init), committed)| {
+                Welcome {
+                    worker,
+                    spec,
+                    redundancy,
+                    timing,
+                    checkpoint_every,
+                    data,
+                    checkpoints,
+                    init,
+                    committed,
+                }
+            },
+        )
 }
 
 /// Times in order: each that is set is within its range.

@@ -68,16 +68,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let steps = number("--steps", 6)? as u64;
     let length = number("--length", model.context as usize)?;
     let family = option("--family").unwrap_or_else(|| Family::best().name().into());
+    let (per_batch, sequence_length) = (sequences as u32, length as u32);
+    let batch = BatchShape { lanes: 1, micro_batches: 1, sequences: per_batch, sequence_length };
     let spec = RunSpec {
         version: caravan_types::run_spec::RUN_SPEC_VERSION,
         name: "bench".into(),
         data: DataSpec { digest: Digest::default(), tokens: 0 },
-        batch: BatchShape {
-            lanes: 1,
-            micro_batches: 1,
-            sequences: sequences as u32,
-            sequence_length: length as u32,
-        },
+        batch,
         recipe: Recipe { learning_rate: 5e-4, warmup_steps: 0, ..Recipe::default() },
         init: caravan_types::Initial::Seed,
         seed: 0,

@@ -15,8 +15,8 @@ use caravan_types::peer::{Key, LaneResult};
 use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Recipe, RunSpec, SliceId, SliceSet,
-    SliceSum, Step,
+    BLOCK, BatchShape, Generation, Initial, Lane, MicroBatch, MicroId, Part, Recipe, RunSpec, Slice, SliceId,
+    SliceSet, SliceSum, Step,
 };
 use std::collections::BTreeMap;
 use std::fmt;
@@ -51,6 +51,14 @@ pub trait Checkpoints {
     /// # Errors
     /// Why they cannot be had.
     fn load(&mut self, step: Step, slices: &SliceSet) -> Result<Vec<(SliceId, Vec<f32>)>, String>;
+
+    /// The weights of a slice at step 0, where a run does not start from its seed.
+    ///
+    /// # Errors
+    /// Why they cannot be had.
+    fn initial(&mut self, id: SliceId, slice: &Slice) -> Result<Vec<f32>, String> {
+        Err(format!("nobody has said where weights such as those of {:?} are ({id})", slice.range))
+    }
 }
 
 /// A fault of the machine, to try what comes of it. The number says which bit.
@@ -106,6 +114,7 @@ pub struct Executor<B, C> {
     watch: Arc<Watch>,
     batches: B,
     checkpoints: C,
+    init: Initial,
     model: Model<f32>,
     state: State,
     gradients: Gradients,
@@ -151,6 +160,7 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             watch,
             batches,
             checkpoints,
+            init: spec.init.clone(),
             gradients: Gradients::new(spec.batch.lanes, state.table().len()),
             model,
             state,
@@ -187,7 +197,10 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
             Task::Install(key) => self.install(key)?,
             Task::Init { slices, part } => {
                 let ids: Vec<SliceId> = slices.iter().collect();
-                self.state.init(&ids, part, &self.cpu)?;
+                match self.init {
+                    Initial::Seed => self.state.init(&ids, part, &self.cpu)?,
+                    Initial::Weights { .. } => self.start_with(&ids, part)?,
+                }
             }
             Task::Load { generation, step, slices, part } => {
                 return match self.load(step, &slices, part) {
@@ -456,6 +469,20 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
                 Err(EngineError::Missing(key))
             }
         }
+    }
+
+    /// Takes weights that were there before the run into use.
+    fn start_with(&mut self, ids: &[SliceId], part: Part) -> Result<(), EngineError> {
+        for id in ids {
+            let slice = self.state.slice(*id)?.clone();
+            let bad = |reason| EngineError::Initial { slice: *id, reason };
+            let values = self.checkpoints.initial(*id, &slice).map_err(bad)?;
+            if values.len() != slice.len() {
+                return Err(bad(format!("{} values instead of {}", values.len(), slice.len())));
+            }
+            self.state.begin(&self.cpu, *id, part, values)?;
+        }
+        Ok(())
     }
 
     fn load(&mut self, step: Step, slices: &SliceSet, part: Part) -> Result<(), EngineError> {

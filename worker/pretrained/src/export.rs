@@ -68,7 +68,7 @@ impl<'a> Export<'a> {
             self.source.read(parameter.offset + rows.start * parameter.cols, out)?;
         } else {
             for (row, out) in rows.zip(out.chunks_exact_mut(parameter.cols as usize)) {
-                self.source.read(parameter.offset + order.to_flat(row) * parameter.cols, out)?;
+                self.source.read(parameter.offset + order.flat_row(row) * parameter.cols, out)?;
             }
         }
         self.dtype(index).round(out);

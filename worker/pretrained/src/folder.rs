@@ -229,9 +229,13 @@ impl Folder {
 
     /// A head that is stored although it is the embedding must be it.
     fn check_tied(&self) -> Result<(), PretrainedError> {
+        let at = |place: &Place| place.pieces.first().map(|p| (p.file, p.offset));
+        if self.places.first().map(at) == self.places.last().map(at) {
+            return Ok(());
+        }
         let (embedding, head) = (&self.entries[0], &self.entries[self.entries.len() - 1]);
         let mut pair = [Vec::new(), Vec::new()];
-        for row in 0..self.places_of_head_differ().then_some(embedding.parameter.rows).unwrap_or(0) {
+        for row in 0..embedding.parameter.rows {
             for (values, entry) in pair.iter_mut().zip([embedding, head]) {
                 values.resize(embedding.parameter.cols as usize, 0.0);
                 self.rows(&entry.name, row..row + 1, values)?;
@@ -246,11 +250,6 @@ impl Folder {
             }
         }
         Ok(())
-    }
-
-    fn places_of_head_differ(&self) -> bool {
-        let at = |place: &Place| place.pieces.first().map(|p| (p.file, p.offset));
-        self.places.first().map(at) != self.places.last().map(at)
     }
 
     /// The folder.
@@ -362,7 +361,7 @@ impl Source for Folder {
                 while !part.is_empty() {
                     let n = (cols - element % cols).min(part.len() as u64) as usize;
                     let (row, others) = part.split_at_mut(n);
-                    self.row(place, entry.rows.from_flat(element / cols), element % cols, row)?;
+                    self.row(place, entry.rows.named_row(element / cols), element % cols, row)?;
                     (part, element) = (others, element + n as u64);
                 }
             }

@@ -55,14 +55,14 @@ pub(crate) enum Rows {
 
 impl Rows {
     /// The row of the flat model that is row `row` of the named tensor.
-    pub(crate) fn to_flat(self, row: u64) -> u64 {
+    pub(crate) fn flat_row(self, row: u64) -> u64 {
         let Self::Pairs { head } = self else { return row };
         let (first, i) = (row - row % head, row % head);
         first + i / 2 + i % 2 * (head / 2)
     }
 
     /// The row of the named tensor that is row `row` of the flat model.
-    pub(crate) fn from_flat(self, row: u64) -> u64 {
+    pub(crate) fn named_row(self, row: u64) -> u64 {
         let Self::Pairs { head } = self else { return row };
         let (first, i, half) = (row - row % head, row % head, head / 2);
         first + i % half * 2 + i / half
@@ -132,10 +132,10 @@ mod tests {
     #[test]
     fn rows_of_a_head_are_dealt_out_and_back() {
         let pairs = Rows::Pairs { head: 6 };
-        let flat: Vec<u64> = (0..12).map(|row| pairs.to_flat(row)).collect();
+        let flat: Vec<u64> = (0..12).map(|row| pairs.flat_row(row)).collect();
         assert_eq!(flat, [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]);
         for rows in [pairs, Rows::Same, Rows::Pairs { head: 2 }] {
-            assert!((0..12).all(|row| rows.from_flat(rows.to_flat(row)) == row));
+            assert!((0..12).all(|row| rows.named_row(rows.flat_row(row)) == row));
         }
     }
 

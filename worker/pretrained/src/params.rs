@@ -131,13 +131,7 @@ pub(crate) fn write(shape: &ModelShape) -> Result<Value, PretrainedError> {
 /// Numbers by which the paper's rule gives this width: those of a published model where they do,
 /// else a rounding to the width itself.
 fn rule(dim: u32, hidden: u32) -> (u32, Option<f64>) {
-    let published = [
-        (256, None),
-        (256, Some(1.3)),
-        (1024, Some(1.3)),
-        (4096, Some(1.3)),
-        (256, Some(1.5)),
-    ];
+    let published = [(256, None), (256, Some(1.3)), (1024, Some(1.3)), (4096, Some(1.3)), (256, Some(1.5))];
     let gives = |(multiple_of, multiplier): &(u32, Option<f64>)| {
         ModelShape::ffn_hidden(dim, multiplier.unwrap_or(1.0), *multiple_of) == hidden
     };

@@ -64,6 +64,7 @@ impl Run {
             checkpoint_every: 0,
             data: self.data.to_str().unwrap().into(),
             checkpoints: self.dir.path().join("checkpoints").to_str().unwrap().into(),
+            init: None,
             committed: Step(0),
         }
     }

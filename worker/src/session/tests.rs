@@ -53,6 +53,7 @@ fn welcome() -> Welcome {
         checkpoint_every: 0,
         data: "data".into(),
         checkpoints: "checkpoints".into(),
+        init: None,
         committed: Step(0),
     }
 }
