@@ -9,11 +9,22 @@ use crate::telemetry::{self, Guard, LogTarget};
 use caravan_checkpoint::{Found, Refused, newest_intact_until};
 use caravan_coordinator::{Options, ledger};
 use caravan_data::{DataError, Dataset, Prepared, Sampler, prepare};
-use caravan_types::{DataSpec, RunSpec, Step};
+use caravan_pretrained::Folder;
+use caravan_types::{DataSpec, Initial, RunSpec, Step};
+use caravan_worker::{InitialError, Listing};
 use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Text became tokens that mean nothing to the weights.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the data is text, and {} has no tokenizer that could be used on it: tokens of any other mean nothing to its weights. \
+     Give the right one as data.tokenizer, or train on tokens that are ready",
+    .0.display()
+)]
+struct NoTokenizer(PathBuf);
 
 /// What `train`, `coordinator` and `chaos` take.
 #[derive(Clone, clap::Args)]
@@ -103,10 +114,19 @@ impl Job {
         }
         let prepared = data(&settings)?;
         // What a worker would stumble over is better said before anything is started.
-        Sampler::new(Arc::new(Dataset::open(&prepared.dir)?), settings.seed, settings.batch)?;
+        let dataset = Dataset::open(&prepared.dir)?;
+        if let (Some(dir), None, Some(_)) = (&settings.init, &settings.data.tokenizer, dataset.tokenizer()) {
+            return Err(NoTokenizer(dir.clone()).into());
+        }
+        Sampler::new(Arc::new(dataset), settings.seed, settings.batch)?;
         let path = args.run.clone().unwrap_or_else(|| RunDir::default_path(&settings.name));
-        let spec = spec(&settings, prepared.spec.clone(), &path)?;
+        let listing = settings.init.as_deref().map(|dir| listing(dir, &settings, &path)).transpose()?;
+        let init = listing.as_ref().map_or(Initial::Seed, |l| Initial::Weights { digest: l.digest() });
+        let spec = spec(&settings, init, prepared.spec.clone(), &path)?;
         let run = RunDir::start(&path, &spec, &prepared.dir)?;
+        if let Some(listing) = listing {
+            listing.write(&RunDir::init(&path))?;
+        }
         let log = run.logs().join("coordinator.log");
         let history = ledger::newest(&run.ledger())?;
         let found = newest_intact_until(&run.checkpoints(), history)?;
@@ -140,6 +160,12 @@ impl Job {
             control: self.run.control(),
             metrics: self.run.metrics(),
             data: self.prepared.dir.canonicalize()?,
+            init: self
+                .settings
+                .init
+                .as_ref()
+                .map(|_| RunDir::init(self.run.path()).canonicalize())
+                .transpose()?,
             tokenizer: Some(self.prepared.dir.join("tokenizer.json")).filter(|t| t.exists()),
             listen: cluster.listen,
             redundancy: cluster.redundancy,
@@ -163,8 +189,18 @@ fn data(settings: &Settings) -> Result<Prepared, DataError> {
     Ok(prepared)
 }
 
+/// What the weights in a folder are: as the run's folder has it, or read now.
+fn listing(dir: &Path, settings: &Settings, path: &Path) -> Result<Listing, InitialError> {
+    let folder = Folder::open(dir, Some(settings.model.context))?;
+    if let Some(known) = Listing::known(&RunDir::init(path), &folder) {
+        return Ok(known);
+    }
+    say(&format!("reading the weights in {} …", dir.display()));
+    Listing::new(&folder)
+}
+
 /// The run spec. A run that was started keeps its instruction family wherever it goes on.
-fn spec(settings: &Settings, data: DataSpec, path: &Path) -> Result<RunSpec, RunDirError> {
+fn spec(settings: &Settings, init: Initial, data: DataSpec, path: &Path) -> Result<RunSpec, RunDirError> {
     let family = match &settings.kernels {
         Kernels::Named(name) => name.clone(),
         Kernels::Auto => match RunDir::peek(path)? {
@@ -172,5 +208,5 @@ fn spec(settings: &Settings, data: DataSpec, path: &Path) -> Result<RunSpec, Run
             None => caravan_engine::fastest(settings.precision).name().to_owned(),
         },
     };
-    Ok(settings.spec(data, &family))
+    Ok(settings.spec(init, data, &family))
 }

@@ -5,6 +5,7 @@ mod audit;
 mod chaos;
 mod commands;
 mod config;
+mod engine_logits;
 mod estimate;
 mod fits;
 mod job;
@@ -54,6 +55,8 @@ enum Command {
     Generate(commands::generate::Args),
     /// Score given texts: how likely a checkpoint finds each of their tokens.
     Score(commands::score::Args),
+    /// Convert a model between checkpoints, Hugging Face's and Meta's layout.
+    Convert(commands::convert::Args),
     /// Show a run at this moment.
     Status(commands::status::Args),
 }
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Chaos(args) => commands::chaos::run(&args, &mut out),
         Command::Generate(args) => commands::generate::run(&args, &mut out),
         Command::Score(args) => commands::score::run(&args, &mut out),
+        Command::Convert(args) => commands::convert::run(&args, &mut out),
         Command::Status(args) => commands::status::run(&args, &mut out),
     };
     match outcome.and_then(|()| Ok(out.flush()?)) {

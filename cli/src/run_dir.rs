@@ -6,6 +6,7 @@
 //!   runs/dependencies/
 //!     spec.json                the run spec: what decides the weights
 //!     data.json                where the prepared data is
+//!     init.json                which weights it starts with, where these are not its seed's
 //!     checkpoints/             see caravan-checkpoint
 //!     store/                   the coordinator's records
 //!     ledger.jsonl             what was committed; `caravan audit` reads it
@@ -213,6 +214,12 @@ impl RunDir {
         &self.spec
     }
 
+    /// The list of the weights that it starts with, in the folder of a run.
+    #[must_use]
+    pub fn init(path: &Path) -> PathBuf {
+        path.join("init.json")
+    }
+
     /// The checkpoints.
     #[must_use]
     pub fn checkpoints(&self) -> PathBuf {
@@ -354,6 +361,7 @@ mod tests {
             data: DataSpec { digest: Digest([1; 32]), tokens: 10 },
             batch: BatchShape { lanes: 4, micro_batches: 1, sequences: 1, sequence_length: 32 },
             recipe: Recipe { steps: 100, learning_rate: 0.1 + 0.2, ..Recipe::default() },
+            init: caravan_types::Initial::Seed,
             seed: 1,
             numerics: NumericsClass { precision: Precision::Fp32, family: "avx2".into() },
         }

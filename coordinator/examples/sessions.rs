@@ -82,6 +82,7 @@ fn options(dir: &Path, workers: usize) -> Option<Options> {
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
         batch: BatchShape { lanes: lanes.max(1), micro_batches: 1, sequences: 1, sequence_length: 128 },
         recipe: Recipe { steps: 1_000_000, warmup_steps: 10, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     };
@@ -89,6 +90,7 @@ fn options(dir: &Path, workers: usize) -> Option<Options> {
         spec,
         store: dir.join("store"),
         checkpoints: dir.join("checkpoints"),
+        init: None,
         ledger: dir.join("ledger.jsonl"),
         control: dir.join("control.jsonl"),
         metrics: dir.join("metrics.jsonl"),

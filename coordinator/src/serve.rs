@@ -42,6 +42,9 @@ pub struct Options {
     pub metrics: PathBuf,
     /// Folder of the prepared data, as every worker can reach it.
     pub data: PathBuf,
+    /// The list of the weights that the run starts with, as every worker can reach it; none where
+    /// it starts from its seed.
+    pub init: Option<PathBuf>,
     /// The tokenizer's file, which goes into every checkpoint.
     pub tokenizer: Option<PathBuf>,
     /// Where to listen. Anyone who can connect can join the run and read its data's text, so a
@@ -222,5 +225,6 @@ fn welcome(options: &Options) -> Result<Welcome, BadSetting> {
         checkpoint_every: options.checkpoint_every,
         data: text(&options.data)?,
         checkpoints: text(&options.checkpoints)?,
+        init: options.init.as_ref().map(text).transpose()?,
     })
 }

@@ -38,6 +38,7 @@ fn options(dir: &Path) -> Options {
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
         batch: BatchShape { lanes: 4, micro_batches: 1, sequences: 2, sequence_length: 128 },
         recipe: Recipe { steps: 100, warmup_steps: 10, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     };
@@ -45,6 +46,7 @@ fn options(dir: &Path) -> Options {
         spec,
         store: dir.join("store"),
         checkpoints: dir.join("checkpoints"),
+        init: None,
         ledger: dir.join("ledger.jsonl"),
         control: dir.join("control.jsonl"),
         metrics: dir.join("metrics.jsonl"),

@@ -5,7 +5,7 @@
 //!
 //! - **The order of every sum is fixed by shapes.** Work is dealt to threads by rows or
 //!   columns of the *result*; a sum is never split by the number of threads, and the summed
-//!   dimension of a matrix product is blocked by a constant ([`matmul::DEPTH`]). So bits
+//!   dimension of a matrix product is blocked by a constant ([`matmul::depth`]). So bits
 //!   depend on the instruction [`Family`] and on nothing else that a machine may report.
 //! - **One body, two types.** Every operation is generic over [`Real`], so that the code that
 //!   trains in f32 is the code that is checked against finite differences in f64.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 /// Rows per task.
 const ROWS: usize = 64;
 
-/// Cosines and sines of position · θ^(−2i / head size), for i below half a head.
+/// Cosines and sines of position · rate, for half a head of rates.
 #[derive(Debug)]
 pub struct Table<R> {
     half: usize,
@@ -16,12 +16,11 @@ pub struct Table<R> {
 }
 
 impl<R: Real> Table<R> {
-    /// Tables for positions `0..positions`, computed in f64 and rounded once.
+    /// Tables for positions `0..positions` and frequencies in radians a position, computed in
+    /// f64 and rounded once.
     #[must_use]
-    pub fn new(positions: usize, head: usize, theta: f64) -> Self {
-        let half = head / 2;
-        let rate = |i: usize| libm::pow(theta, -2.0 * i as f64 / head as f64);
-        let rates: Vec<f64> = (0..half).map(rate).collect();
+    pub fn new(positions: usize, rates: &[f64]) -> Self {
+        let half = rates.len();
         let mut turns = Vec::with_capacity(positions * half * 2);
         for position in 0..positions {
             let angle = |rate: &f64| position as f64 * rate;
@@ -98,7 +97,7 @@ mod tests {
     #[test]
     fn halves_turn_by_position_times_rate_and_turn_back() {
         let cpu = Cpu::new(2, Family::best()).unwrap();
-        let table = Table::<f64>::new(8, 4, 100.0);
+        let table = Table::<f64>::new(8, &[1.0, 0.1]);
         // Two sequences of three positions from 5 on; one head turned, two elements beside it.
         let row = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         let before = row.repeat(6);
@@ -106,7 +105,6 @@ mod tests {
         rope(&cpu, &mut rows, 6, 4, (5, 3), &table, Turn::Forward);
         for (i, row) in rows.chunks(6).enumerate() {
             let position = (5 + i % 3) as f64;
-            // Rates are 100^0 and 100^(-1/2).
             let ((s0, c0), (s1, c1)) = (position.sin_cos(), (position * 0.1).sin_cos());
             let expected = [c0 - 3.0 * s0, 2.0 * c1 - 4.0 * s1, 3.0 * c0 + s0, 4.0 * c1 + 2.0 * s1, 5.0, 6.0];
             assert!(row.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-14), "{row:?} {expected:?}");

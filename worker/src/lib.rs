@@ -18,6 +18,7 @@ mod driver;
 mod engine;
 mod error;
 mod fabric;
+mod initial;
 #[cfg(test)]
 mod log;
 mod machine;
@@ -29,6 +30,7 @@ mod trace;
 
 pub use caravan_engine::Flaw;
 pub use error::{Exit, WorkerError};
+pub use initial::{InitialError, Listing};
 
 use caravan_kernels::Family;
 use caravan_types::message::{Farewell, Hello, PROTOCOL_VERSION, Refusal, Welcome};

@@ -1,13 +1,14 @@
 //! The real machine behind the engine actor: an executor with its data and checkpoints.
 
 use crate::engine::{Fault, Machine, Save, Saver};
+use crate::initial::Start;
 use caravan_checkpoint::{Checkpoint, write_part};
 use caravan_data::{Dataset, Sampler};
 use caravan_engine::{Batches, Checkpoints, Executor, Flaw, Watch};
 use caravan_types::message::Welcome;
 use caravan_types::peer::Key;
 use caravan_types::task::{Done, Task};
-use caravan_types::{DataSpec, Generation, Lane, MicroBatch, RunSpec, SliceId, SliceSet, Step};
+use caravan_types::{DataSpec, Generation, Lane, MicroBatch, RunSpec, Slice, SliceId, SliceSet, Step};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -39,7 +40,7 @@ pub fn builder(
     watch: Arc<Watch>,
 ) -> impl FnOnce(Saver) -> Result<Device, Fault> + Send + use<> {
     let (spec, data) = (welcome.spec.clone(), PathBuf::from(&welcome.data));
-    let root = PathBuf::from(&welcome.checkpoints);
+    let (root, init) = (PathBuf::from(&welcome.checkpoints), welcome.init.clone());
     move |saver| {
         let dataset = Dataset::open(&data)?;
         let (found, wanted) = (dataset.spec(), spec.data.clone());
@@ -47,7 +48,8 @@ pub fn builder(
             return Err(OtherData { dir: data, found, wanted }.into());
         }
         let batches = Sampled(Sampler::new(Arc::new(dataset), spec.seed, spec.batch)?);
-        let checkpoints = Folder { root, saver, spec: spec.clone(), open: None };
+        let start = Start::open(&spec, init.as_deref())?;
+        let checkpoints = Folder { root, saver, spec: spec.clone(), start, open: None };
         Ok(Executor::new(&spec, threads, watch, batches, checkpoints)?)
     }
 }
@@ -97,6 +99,8 @@ pub struct Folder {
     root: PathBuf,
     saver: Saver,
     spec: RunSpec,
+    /// What the run starts with, where that is not its seed.
+    start: Option<Start>,
     /// The one that was read last: opening one means hashing it, and a plan loads from one
     /// checkpoint several times.
     open: Option<(Step, Checkpoint)>,
@@ -129,5 +133,10 @@ impl Checkpoints for Folder {
     fn load(&mut self, step: Step, slices: &SliceSet) -> Result<Vec<(SliceId, Vec<f32>)>, String> {
         let checkpoint = self.of_step(step).map_err(|fault| fault.to_string())?;
         checkpoint.states(slices).map_err(|error| error.to_string())
+    }
+
+    fn initial(&mut self, id: SliceId, slice: &Slice) -> Result<Vec<f32>, String> {
+        let start = self.start.as_ref().ok_or("the run starts from its seed")?;
+        start.slice(id, slice).map_err(|error| error.to_string())
     }
 }

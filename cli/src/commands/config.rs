@@ -7,7 +7,7 @@ use crate::config::{self, Kernels, Override, Settings};
 use crate::estimate::{bytes, grouped, parameters_by_unit, si};
 use crate::{Outcome, run_dir::RunDir};
 use caravan_types::cost::Memory;
-use caravan_types::{ModelShape, SliceTable, Step};
+use caravan_types::{ModelShape, RopeScaling, SliceTable, Step};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use toml::Value;
@@ -44,6 +44,9 @@ fn line(out: &mut dyn Write, key: &str, value: impl Into<Value>, remark: &str) -
 fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     line(out, "name", s.name.as_str(), "")?;
     line(out, "seed", s.seed as i64, "")?;
+    if let Some(init) = &s.init {
+        line(out, "init", init.display().to_string(), "its weights are those of step 0")?;
+    }
     line(out, "precision", s.precision.to_string(), "")?;
     match &s.kernels {
         Kernels::Auto => {
@@ -120,7 +123,24 @@ fn print_model(m: &ModelShape, out: &mut dyn Write) -> io::Result<()> {
     line(out, "vocab", i64::from(m.vocab), "")?;
     line(out, "context", i64::from(m.context), "")?;
     line(out, "norm_eps", short(m.norm_eps), "")?;
-    line(out, "rope_theta", short(m.rope_theta), "")
+    line(out, "rope_theta", short(m.rope_theta), "")?;
+    m.rope_scaling.map_or(Ok(()), |scaling| print_scaling(scaling, out))
+}
+
+fn print_scaling(scaling: RopeScaling, out: &mut dyn Write) -> io::Result<()> {
+    match scaling {
+        RopeScaling::Linear { factor } => {
+            line(out, "rope_scaling.type", "linear", "")?;
+            line(out, "rope_scaling.factor", short(factor), "")
+        }
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            line(out, "rope_scaling.type", "llama3", "")?;
+            line(out, "rope_scaling.factor", short(factor), "")?;
+            line(out, "rope_scaling.low_freq_factor", short(low_freq_factor), "")?;
+            line(out, "rope_scaling.high_freq_factor", short(high_freq_factor), "")?;
+            line(out, "rope_scaling.original_context", i64::from(original_context), "")
+        }
+    }
 }
 
 fn texts(items: impl Iterator<Item = String>) -> Value {
@@ -240,6 +260,8 @@ mod tests {
                 "recipe.learning_rate=0.30000000000000004",
                 "recipe.non_finite=skip",
             ],
+            &["model.rope_theta=500000", "model.rope_scaling={type=\"llama3\",factor=32}"],
+            &["model.rope_scaling={type=\"linear\",factor=2.5}"],
         ] {
             let file = dir.path().join("again.toml");
             fs::write(&file, output(set)).unwrap();

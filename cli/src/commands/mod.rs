@@ -3,6 +3,7 @@
 pub mod audit;
 pub mod chaos;
 pub mod config;
+pub mod convert;
 pub mod coordinator;
 pub mod generate;
 pub mod inspect;

@@ -38,6 +38,7 @@ impl Tiny {
             data: prepared.spec,
             batch: BatchShape { lanes: 2, micro_batches: 1, sequences: 2, sequence_length: 32 },
             recipe: Recipe { steps: 10, ..Recipe::default() },
+            init: caravan_types::Initial::Seed,
             seed: 1,
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
         };

@@ -97,7 +97,11 @@ pub async fn start(job: &mut Job, recover: bool) -> Result<Running, Failure> {
         Some(_) if job.finished() => {}
         Some(step) => say(&format!("going on from the checkpoint of step {step}")),
         None => {
-            say(&format!("a model of {} parameters starts from its seed", job.settings.model.parameters()))
+            let from = match &job.settings.init {
+                Some(dir) => format!("the weights in {}", dir.display()),
+                None => "its seed".into(),
+            };
+            say(&format!("a model of {} parameters starts from {from}", job.settings.model.parameters()));
         }
     }
     Ok(running)

@@ -10,6 +10,7 @@ mod problem;
 mod reader;
 mod sections;
 mod settings;
+mod start;
 
 pub use problem::ConfigError;
 pub use reader::Override;

@@ -139,6 +139,18 @@ pub enum Fault {
         /// Key and value heads.
         kv_heads: u32,
     },
+    /// The weights that the run starts with cannot be used.
+    Folder(String),
+    /// The weights that the run starts with are of another model.
+    NotAsInit {
+        /// What it is there.
+        theirs: String,
+    },
+    /// Rotary frequencies cannot be scaled so.
+    RopeScaling {
+        /// What would do.
+        what: &'static str,
+    },
     /// The model has no positions for such a sequence.
     LongerThanContext {
         /// Longest sequence of the model.
@@ -181,6 +193,12 @@ pub enum Fault {
     NotAnAssignment,
 }
 
+fn not_as_init(theirs: &str) -> String {
+    format!(
+        "the model whose weights `init` names has {theirs} here: leave this out, or start with other weights"
+    )
+}
+
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -219,6 +237,9 @@ impl fmt::Display for Fault {
                 "{heads} query heads cannot share {kv_heads} key and value heads evenly; {} would",
                 nearest((1..=*heads).filter(|k| heads % k == 0), *kv_heads)
             ),
+            Self::Folder(why) => f.write_str(why),
+            Self::NotAsInit { theirs } => f.write_str(&not_as_init(theirs)),
+            Self::RopeScaling { what } => f.write_str(what),
             Self::LongerThanContext { context } => write!(
                 f,
                 "is longer than model.context = {context}: make it at most {context}, or raise model.context"

@@ -3,11 +3,12 @@
 use super::problem::{Fault, presets};
 use super::reader::Reader;
 use super::settings::{Cluster, Kernels, Note, Settings};
+use super::start::{self, Given, Start};
 use caravan_data::{LEAST_VOCAB, Request};
 use caravan_kernels::Family;
 use caravan_types::progress::Stragglers;
 use caravan_types::timing::DETECT;
-use caravan_types::{BatchShape, ModelShape, NonFinitePolicy, Precision, Recipe, Timing};
+use caravan_types::{BatchShape, ModelShape, NonFinitePolicy, Precision, Recipe, RopeScaling, Timing};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -41,14 +42,26 @@ pub fn read(r: &mut Reader, file: &Path) -> Option<Settings> {
     });
     let kernels = kernels(r);
     let length = r.integer32("batch.sequence_length", 1..=MOST_TOKENS);
-    let model = model(r, length);
+    let init = r.text("init").map(|dir| r.base("init", file).join(dir));
+    let (model, start) = model(r, length, init.as_deref()).unzip();
+    let start = start.flatten();
     let batch = batch(r, length, model.as_ref());
     let recipe = recipe(r, model.as_ref());
     let data = data(r, file);
     let cluster = cluster(r, model.as_ref());
     let prompt = r.text("generate.prompt");
     let (model, batch, cluster) = (model?, batch?, cluster?);
-    let notes = notes(&batch, &cluster);
+    let mut notes = notes(&batch, &cluster);
+    let mut data = data?;
+    if let Some(start) = start {
+        notes.extend(
+            start
+                .notes
+                .into_iter()
+                .filter(|n| !matches!(n, Note::NoTokenizer { .. }) || data.tokenizer.is_none()),
+        );
+        data.tokenizer = data.tokenizer.or(start.tokenizer);
+    }
     Some(Settings {
         name: name?,
         seed: seed.unwrap_or(0),
@@ -56,7 +69,8 @@ pub fn read(r: &mut Reader, file: &Path) -> Option<Settings> {
         recipe: recipe?,
         precision: precision.unwrap_or(Precision::Fp32),
         kernels: kernels.unwrap_or(Kernels::Auto),
-        data: Request { vocab_size: model.vocab, ..data? },
+        data: Request { vocab_size: model.vocab, ..data },
+        init,
         model,
         cluster,
         prompt: prompt.unwrap_or_default(),
@@ -91,49 +105,107 @@ fn kernels(r: &mut Reader) -> Option<Kernels> {
     })
 }
 
-/// The model: a preset, single keys, or a preset with some keys changed.
-fn model(r: &mut Reader, length: Option<u32>) -> Option<ModelShape> {
+/// The model: a preset, single keys, a preset with some keys changed, or that of the folder
+/// whose weights the run starts with.
+fn model(r: &mut Reader, length: Option<u32>, init: Option<&Path>) -> Option<(ModelShape, Option<Start>)> {
     let preset = r.choice("model.preset", &presets(), ModelShape::preset);
-    let wanted = r.has("model.preset");
-    let dim = r.integer32("model.dim", 2..=MOST_DIM);
-    let layers = r.integer32("model.layers", 1..=MOST_LAYERS);
-    let heads = r.integer32("model.heads", 1..=MOST_HEADS);
-    let kv_heads = r.integer32("model.kv_heads", 1..=MOST_HEADS);
-    let hidden = r.integer32("model.hidden", 1..=MOST_HIDDEN);
-    let vocab = r.integer32("model.vocab", LEAST_VOCAB..=MOST_TOKENS);
-    let context = r.integer32("model.context", 1..=MOST_TOKENS);
-    let norm_eps = r.number("model.norm_eps", 1e-12..=1.0);
-    let rope_theta = r.number("model.rope_theta", 1.0..=1e9);
-    let examples = [
-        ("model.dim", "the width of the model, such as 256; or name a model.preset"),
-        ("model.layers", "the number of layers, such as 6; or name a model.preset"),
-        ("model.heads", "the number of query heads, such as 8; or name a model.preset"),
-        ("model.vocab", "the size of the vocabulary, such as 8192; or name a model.preset"),
-    ];
-    for (key, example) in examples {
-        if !wanted && !r.has(key) {
-            r.fault(key, Fault::Missing { example });
-        }
+    let given = Given {
+        dim: r.integer32("model.dim", 2..=MOST_DIM),
+        layers: r.integer32("model.layers", 1..=MOST_LAYERS),
+        heads: r.integer32("model.heads", 1..=MOST_HEADS),
+        kv_heads: r.integer32("model.kv_heads", 1..=MOST_HEADS),
+        hidden: r.integer32("model.hidden", 1..=MOST_HIDDEN),
+        vocab: r.integer32("model.vocab", LEAST_VOCAB..=MOST_TOKENS),
+        context: r.integer32("model.context", 1..=MOST_TOKENS),
+        norm_eps: r.number("model.norm_eps", 1e-12..=1.0).map(|e| e as f32),
+        rope_theta: r.number("model.rope_theta", 1.0..=1e9).map(|t| t as f32),
+        rope_scaling: rope_scaling(r)?,
+    };
+    match init {
+        Some(folder) => start::of_folder(r, folder, &given, preset.as_ref()).map(|(m, s)| (m, Some(s))),
+        None if r.has("init") => None,
+        None => Some((given.shape(r, length, preset.as_ref())?, None)),
     }
-    let p = preset.as_ref();
-    // A preset's derived values fit the preset's own width and heads only.
-    let kv_heads = kv_heads.or(p.filter(|_| heads.is_none()).map(|p| p.kv_heads)).or(heads);
-    let hidden = hidden
-        .or(p.filter(|_| dim.is_none()).map(|p| p.hidden))
-        .or(dim.map(|d| ModelShape::ffn_hidden(d, 1.0, 256)));
-    let (dim, heads) = (dim.or(p.map(|p| p.dim)), heads.or(p.map(|p| p.heads)));
-    heads_fit(r, dim, heads, kv_heads)?;
-    Some(ModelShape {
-        dim: dim?,
-        layers: layers.or(p.map(|p| p.layers))?,
-        heads: heads?,
-        kv_heads: kv_heads?,
-        hidden: hidden?,
-        vocab: vocab.or(p.map(|p| p.vocab))?,
-        context: context.or(p.map(|p| p.context)).or(length).unwrap_or(1),
-        norm_eps: norm_eps.map(|e| e as f32).or(p.map(|p| p.norm_eps)).unwrap_or(1e-5),
-        rope_theta: rope_theta.map(|t| t as f32).or(p.map(|p| p.rope_theta)).unwrap_or(10_000.0),
-    })
+}
+
+impl Given {
+    /// The model that is meant.
+    fn shape(&self, r: &mut Reader, length: Option<u32>, preset: Option<&ModelShape>) -> Option<ModelShape> {
+        let examples = [
+            ("model.dim", "the width of the model, such as 256; or name a model.preset"),
+            ("model.layers", "the number of layers, such as 6; or name a model.preset"),
+            ("model.heads", "the number of query heads, such as 8; or name a model.preset"),
+            ("model.vocab", "the size of the vocabulary, such as 8192; or name a model.preset"),
+        ];
+        for (key, example) in examples {
+            if !r.has("model.preset") && !r.has(key) {
+                r.fault(key, Fault::Missing { example });
+            }
+        }
+        let p = preset;
+        // A preset's derived values fit the preset's own width and heads only.
+        let kv_heads =
+            self.kv_heads.or(p.filter(|_| self.heads.is_none()).map(|p| p.kv_heads)).or(self.heads);
+        let hidden = self
+            .hidden
+            .or(p.filter(|_| self.dim.is_none()).map(|p| p.hidden))
+            .or(self.dim.map(|d| ModelShape::ffn_hidden(d, 1.0, 256)));
+        let (dim, heads) = (self.dim.or(p.map(|p| p.dim)), self.heads.or(p.map(|p| p.heads)));
+        heads_fit(r, dim, heads, kv_heads)?;
+        Some(ModelShape {
+            dim: dim?,
+            layers: self.layers.or(p.map(|p| p.layers))?,
+            heads: heads?,
+            kv_heads: kv_heads?,
+            hidden: hidden?,
+            vocab: self.vocab.or(p.map(|p| p.vocab))?,
+            context: self.context.or(p.map(|p| p.context)).or(length).unwrap_or(1),
+            norm_eps: self.norm_eps.or(p.map(|p| p.norm_eps)).unwrap_or(1e-5),
+            rope_theta: self.rope_theta.or(p.map(|p| p.rope_theta)).unwrap_or(10_000.0),
+            rope_scaling: self.rope_scaling,
+        })
+    }
+}
+
+/// Scaled rotary frequencies, where there is a `model.rope_scaling.type`; none at all where
+/// what is given cannot be used.
+fn rope_scaling(r: &mut Reader) -> Option<Option<RopeScaling>> {
+    const KIND: &str = "model.rope_scaling.type";
+    let kind = r.choice(KIND, "\"linear\", \"llama3\"", |kind| {
+        ["linear", "llama3"].into_iter().find(|known| *known == kind)
+    });
+    let factor = r.number("model.rope_scaling.factor", 1.0..=1e6).map(|f| f as f32);
+    let low = r.number("model.rope_scaling.low_freq_factor", 1e-3..=1e3).map(|f| f as f32);
+    let high = r.number("model.rope_scaling.high_freq_factor", 1e-3..=1e3).map(|f| f as f32);
+    let context = r.integer32("model.rope_scaling.original_context", 1..=MOST_TOKENS);
+    let keys = ["factor", "low_freq_factor", "high_freq_factor", "original_context"];
+    let any = keys.iter().any(|key| r.has(&format!("model.rope_scaling.{key}")));
+    let scaling = match kind {
+        None if r.has(KIND) => return None,
+        None if any => {
+            r.fault(
+                KIND,
+                Fault::Missing { example: "how the frequencies are scaled, \"linear\" or \"llama3\"" },
+            );
+            return None;
+        }
+        None => return Some(None),
+        Some("linear") => RopeScaling::Linear { factor: factor? },
+        // Without them, Llama 3.1's numbers.
+        Some(_) => RopeScaling::Llama3 {
+            factor: factor.unwrap_or(8.0),
+            low_freq_factor: low.unwrap_or(1.0),
+            high_freq_factor: high.unwrap_or(4.0),
+            original_context: context.unwrap_or(8192),
+        },
+    };
+    match scaling.fault() {
+        Some(what) => {
+            r.fault(KIND, Fault::RopeScaling { what });
+            None
+        }
+        None => Some(Some(scaling)),
+    }
 }
 
 /// Whether heads share the width, and key and value heads the heads; none where they do not.

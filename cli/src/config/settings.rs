@@ -3,9 +3,12 @@
 use caravan_data::Request;
 use caravan_types::progress::Stragglers;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
-use caravan_types::{BatchShape, DataSpec, ModelShape, NumericsClass, Precision, Recipe, RunSpec, Timing};
+use caravan_types::{
+    BatchShape, DataSpec, Initial, ModelShape, NumericsClass, Precision, Recipe, RunSpec, Timing,
+};
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// A run file as understood.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,6 +17,8 @@ pub struct Settings {
     pub name: String,
     /// Key of all randomness.
     pub seed: u64,
+    /// The folder whose weights it starts with; its seed's where none.
+    pub init: Option<PathBuf>,
     /// The model.
     pub model: ModelShape,
     /// How a global batch is cut.
@@ -87,6 +92,15 @@ pub enum Note {
         /// Cores of this machine.
         cores: u32,
     },
+    /// The head of the weights that the run starts with is their embedding.
+    Tied(PathBuf),
+    /// The weights that the run starts with have no tokenizer that can be used.
+    NoTokenizer {
+        /// Their folder.
+        folder: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// The live page and control port can be reached by others.
     NotLoopback(SocketAddr),
 }
@@ -106,6 +120,17 @@ impl fmt::Display for Note {
                 f,
                 "{workers} workers × {threads} threads are more than the {cores} cores of this machine"
             ),
+            Self::Tied(folder) => write!(
+                f,
+                "the head of {} is its embedding (tie_word_embeddings): here it starts as a copy of it, and is trained on \
+                 its own",
+                folder.display()
+            ),
+            Self::NoTokenizer { folder, why } => write!(
+                f,
+                "{} has no tokenizer that can be used ({why}): train on its own tokens, or give data.tokenizer",
+                folder.display()
+            ),
             Self::NotLoopback(address) => write!(
                 f,
                 "cluster.listen = \"{address}\" can be reached from other machines, and there is no password"
@@ -117,11 +142,12 @@ impl fmt::Display for Note {
 impl Settings {
     /// The run spec, once the data is prepared and the instruction family known.
     #[must_use]
-    pub fn spec(&self, data: DataSpec, family: &str) -> RunSpec {
+    pub fn spec(&self, init: Initial, data: DataSpec, family: &str) -> RunSpec {
         RunSpec {
             version: RUN_SPEC_VERSION,
             name: self.name.clone(),
             model: self.model.clone(),
+            init,
             data,
             batch: self.batch,
             recipe: self.recipe.clone(),

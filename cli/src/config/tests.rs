@@ -122,6 +122,12 @@ fn every_value_that_cannot_work_is_told_with_one_that_would() {
         ),
         ("model.kv_heads=3", "4 query heads cannot share 3 key and value heads evenly; 2 or 4 would"),
         ("model.context=16", "is longer than model.context = 16"),
+        ("model.rope_scaling={type=\"yarn\"}", "must be one of \"linear\", \"llama3\""),
+        ("model.rope_scaling.factor=8", "is missing: how the frequencies are scaled"),
+        (
+            "model.rope_scaling={type=\"llama3\",low_freq_factor=5}",
+            "low_freq_factor must be above 0 and high_freq_factor above that",
+        ),
         ("model.preset=8b", "must be one of \"260k\", \"15m\""),
         ("model.vocab=100", "must be from 260"),
         ("model.dim=-5", "must be from 2"),
@@ -246,4 +252,44 @@ fn the_missing_key_is_a_fault_of_its_own() {
         panic!()
     };
     assert!(matches!(problems[0].fault, Fault::Missing { .. }));
+}
+
+#[test]
+fn a_run_that_starts_with_weights_has_their_model_and_says_nothing_else_of_it() {
+    use caravan_pretrained::{Beside, Convention, Export, Flat};
+    let dir = tempfile::TempDir::new().unwrap();
+    let shape = ModelShape { layers: 2, vocab: 300, rope_theta: 5e5, ..ModelShape::preset("260k").unwrap() };
+    let flat = Flat::new(shape.clone(), vec![0.5; shape.parameters() as usize]).unwrap();
+    for (name, convention) in [("hf", Convention::HuggingFace), ("meta", Convention::Meta)] {
+        let beside = Beside { tokens: serde_json::Map::new(), files: Vec::new(), shard_bytes: 1 << 30 };
+        let export = Export::new(&flat, convention, None).unwrap();
+        export.write(&dir.path().join(name), &beside).unwrap();
+    }
+    let text = "[data]\npaths = [\"x\"]\n[recipe]\nsteps = 9\n[batch]\nsequence_length = 16";
+    let read = |name: &str, sets: &[&str]| {
+        let text = format!("init = {name:?}\n{text}");
+        let overrides: Vec<_> = sets.iter().map(|s| Override::set(s)).collect();
+        parse(&dir.path().join("run.toml"), &text, &overrides)
+    };
+    let settings = read("hf", &[]).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!((&settings.model, settings.data.vocab_size), (&shape, 300));
+    assert_eq!(settings.init, Some(dir.path().join("hf")));
+    // All weights are alike, so the head is the embedding.
+    let notes: Vec<String> = settings.notes.iter().map(ToString::to_string).collect();
+    assert!(notes.iter().any(|n| n.contains("is trained on its own")), "{notes:?}");
+    assert!(notes.iter().any(|n| n.contains("there is no tokenizer.json")), "{notes:?}");
+    assert_eq!(read("meta", &["model.context=512", "model.dim=64"]).unwrap().model, shape);
+    assert_eq!(read("meta", &[]).unwrap().model.context, 8192, "Llama 3's, by its theta");
+    for (set, expected) in [
+        ("model.dim=128", "model.dim = 128 (from --set): the model whose weights `init` names has 64 here"),
+        ("model.context=128", "names has 512 here"),
+        ("model.rope_theta=10000", "names has 500000 here"),
+        ("model.rope_scaling={type=\"linear\",factor=2}", "names has none here"),
+        ("model.preset=15m", "names has another shape, of "),
+        ("init=nowhere", "is no folder of a model"),
+        ("init=3", "must be a text in quotes"),
+    ] {
+        let error = read("hf", &[set]).unwrap_err().to_string();
+        assert!(error.contains(expected), "{set}: {error}");
+    }
 }

@@ -151,6 +151,7 @@ impl Stage {
             context: 8,
             norm_eps: 1e-5,
             rope_theta: 1e4,
+            rope_scaling: None,
         };
         let config = Config {
             shape,

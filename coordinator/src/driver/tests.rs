@@ -78,6 +78,7 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
         checkpoint_every: 0,
         data: String::new(),
         checkpoints: String::new(),
+        init: None,
         committed: Step(0),
     };
     let (mut ledger, tail) = Ledger::open(&dir.path().join("ledger.jsonl"), &spec, None).unwrap();

@@ -13,6 +13,7 @@ pub(crate) fn spec() -> RunSpec {
         data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
         batch: BatchShape { lanes: 4, micro_batches: 1, sequences: 2, sequence_length: 128 },
         recipe: Recipe { steps: 100, warmup_steps: 10, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     }

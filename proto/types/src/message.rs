@@ -61,6 +61,8 @@ pub struct Welcome {
     pub data: String,
     /// Folder of the checkpoints.
     pub checkpoints: String,
+    /// The list of the weights that the run starts with, where these are not the seed's.
+    pub init: Option<String>,
     /// The newest step that the coordinator knows to be committed. A worker that comes back
     /// tells those after it again.
     pub committed: Step,

@@ -8,6 +8,7 @@
 
 use crate::UnitId;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::ops::Range;
 
 /// The shape of one Llama-2-type model.
@@ -32,6 +33,86 @@ pub struct ModelShape {
     pub norm_eps: f32,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
+    /// How the rotary frequencies are scaled for a longer context; none for those of
+    /// `rope_theta` as they are.
+    pub rope_scaling: Option<RopeScaling>,
+}
+
+/// A way to stretch rotary frequencies to contexts longer than a model was first trained with,
+/// as Hugging Face's `rope_scaling` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
+pub enum RopeScaling {
+    /// All frequencies divided by a factor (position interpolation, arXiv 2306.15595).
+    Linear {
+        /// What they are divided by.
+        factor: f32,
+    },
+    /// Llama 3.1's: long waves are divided by the factor, short ones stay, those between are
+    /// mixed (Meta's llama-models, `apply_scaling`).
+    Llama3 {
+        /// What long waves' frequencies are divided by.
+        factor: f32,
+        /// Waves of which fewer than this fit into the original context are long.
+        low_freq_factor: f32,
+        /// Waves of which more than this fit into the original context are short.
+        high_freq_factor: f32,
+        /// The context that the model was first trained with, in tokens.
+        original_context: u32,
+    },
+}
+
+impl fmt::Display for RopeScaling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Linear { factor } => write!(f, "linear {factor}"),
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                write!(f, "llama3 {factor} ({low_freq_factor} to {high_freq_factor} of {original_context})")
+            }
+        }
+    }
+}
+
+impl RopeScaling {
+    /// A frequency, in radians a position, after scaling.
+    #[must_use]
+    pub fn scale(self, rate: f64) -> f64 {
+        match self {
+            Self::Linear { factor } => rate / f64::from(factor),
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let (factor, low, high) =
+                    (f64::from(factor), f64::from(low_freq_factor), f64::from(high_freq_factor));
+                // How many waves fit into the original context.
+                let waves = f64::from(original_context) * rate / std::f64::consts::TAU;
+                if waves < low {
+                    rate / factor
+                } else if waves > high {
+                    rate
+                } else {
+                    let share = (waves - low) / (high - low);
+                    (1.0 - share) * rate / factor + share * rate
+                }
+            }
+        }
+    }
+
+    /// What is wrong with its numbers; none where they can be used.
+    #[must_use]
+    pub fn fault(self) -> Option<&'static str> {
+        let factor = match self {
+            Self::Linear { factor } | Self::Llama3 { factor, .. } => factor,
+        };
+        match self {
+            _ if !(factor.is_finite() && factor >= 1.0) => Some("factor must be a number of at least 1"),
+            Self::Llama3 { low_freq_factor: low, high_freq_factor: high, .. }
+                if !(low > 0.0 && high > low && high.is_finite()) =>
+            {
+                Some("low_freq_factor must be above 0 and high_freq_factor above that")
+            }
+            Self::Llama3 { original_context: 0, .. } => Some("the original context must be at least 1"),
+            _ => None,
+        }
+    }
 }
 
 /// How a parameter starts.
@@ -118,6 +199,7 @@ impl ModelShape {
             context,
             norm_eps: 1e-5,
             rope_theta: 10000.0,
+            rope_scaling: None,
         })
     }
 
@@ -133,6 +215,16 @@ impl ModelShape {
     #[must_use]
     pub fn head_dim(&self) -> u32 {
         self.dim / self.heads
+    }
+
+    /// The rotary frequencies, in radians a position: θ^(−2i / head size) for i below half a
+    /// head, scaled where the shape says so.
+    #[must_use]
+    pub fn rope_rates(&self) -> Vec<f64> {
+        let (head, theta) = (f64::from(self.head_dim()), f64::from(self.rope_theta));
+        let rate = |i: u32| libm::pow(theta, -2.0 * f64::from(i) / head);
+        let scaled = |rate: f64| self.rope_scaling.map_or(rate, |scaling| scaling.scale(rate));
+        (0..self.head_dim() / 2).map(|i| scaled(rate(i))).collect()
     }
 
     /// Number of units: embedding, layers, final norm with head.
@@ -246,6 +338,43 @@ mod tests {
         assert_eq!(ModelShape::ffn_hidden(5120, 1.0, 256), 13824);
         assert_eq!(ModelShape::ffn_hidden(8192, 1.0, 256), 22016);
         assert_eq!(ModelShape::ffn_hidden(8192, 1.3, 4096), 28672);
+    }
+
+    /// By hand from Llama 3.1's numbers: a head of 128, factor 8 on 8,192 tokens.
+    #[test]
+    fn rotary_frequencies_are_scaled_by_how_many_waves_fit() {
+        let plain = ModelShape { rope_theta: 5e5, ..ModelShape::preset("7b").unwrap() };
+        let llama3 = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 8192,
+        };
+        let with = |scaling| ModelShape { rope_scaling: Some(scaling), ..plain.clone() }.rope_rates();
+        let (before, after) = (plain.rope_rates(), with(llama3));
+        assert_eq!(before.len(), 64);
+        assert_eq!(before[0], 1.0);
+        // 8192 · θ^(−2i/128) / 2π is above 4 up to i = 28 and below 1 from i = 35 on.
+        assert_eq!(after[..29], before[..29]);
+        for i in 35..64 {
+            assert_eq!(after[i], before[i] / 8.0);
+        }
+        for i in 29..35 {
+            let share = (8192.0 * before[i] / std::f64::consts::TAU - 1.0) / 3.0;
+            assert!(0.0 < share && share < 1.0);
+            assert_eq!(after[i], (1.0 - share) * before[i] / 8.0 + share * before[i]);
+        }
+        let linear = with(RopeScaling::Linear { factor: 4.0 });
+        assert!(linear.iter().zip(&before).all(|(a, b)| *a == b / 4.0));
+    }
+
+    #[test]
+    fn scalings_of_other_kinds_or_with_other_keys_are_refused() {
+        let read = |json| serde_json::from_str::<RopeScaling>(json);
+        assert_eq!(read(r#"{"type":"linear","factor":2}"#).unwrap(), RopeScaling::Linear { factor: 2.0 });
+        assert!(read(r#"{"type":"yarn","factor":2}"#).is_err());
+        assert!(read(r#"{"type":"linear","factor":2,"beta":1}"#).is_err());
+        assert!(RopeScaling::Linear { factor: 0.5 }.fault().is_some());
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub struct RunSpec {
     pub name: String,
     /// The model.
     pub model: ModelShape,
+    /// What its weights are at step 0.
+    pub init: Initial,
     /// What it is trained on.
     pub data: DataSpec,
     /// How a global batch is cut.
@@ -27,6 +29,20 @@ pub struct RunSpec {
     pub seed: u64,
     /// What may change bits besides.
     pub numerics: NumericsClass,
+}
+
+/// What the weights are at step 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Initial {
+    /// Random numbers of the run's seed.
+    Seed,
+    /// Weights that were there before.
+    Weights {
+        /// Their hash, as the manifest of a checkpoint has it: BLAKE3 over the hashes of all
+        /// slices, each of its values as little-endian fp32.
+        digest: Digest,
+    },
 }
 
 /// The prepared token stream, by content.

@@ -73,18 +73,39 @@ fn activity() -> impl Strategy<Value = Activity> {
 
 pub(crate) fn run_spec() -> impl Strategy<Value = RunSpec> {
     let finite = any::<f64>().prop_filter("JSON has finite numbers only", |x| x.is_finite());
-    (text(), digest(), any::<(u64, u64, u32)>(), [finite.clone(), finite], text(), 1e-9f32..1e9).prop_map(
-        |(name, digest, (seed, tokens, lanes), [learning_rate, beta1], family, rope_theta)| RunSpec {
-            version: RUN_SPEC_VERSION,
-            name,
-            model: ModelShape { rope_theta, ..ModelShape::preset("15m").unwrap() },
-            data: DataSpec { digest, tokens },
-            batch: BatchShape { lanes, micro_batches: 2, sequences: 3, sequence_length: 4 },
-            recipe: Recipe { learning_rate, beta1, ..Recipe::default() },
-            seed,
-            numerics: NumericsClass { precision: Precision::Fp32, family },
+    let rope = (1e-9f32..1e9, option::of(rope_scaling()));
+    let init = prop_oneof![Just(Initial::Seed), digest().prop_map(|digest| Initial::Weights { digest })];
+    let numbers = (any::<(u64, u64, u32)>(), [finite.clone(), finite]);
+    (text(), digest(), numbers, text(), rope, init).prop_map(
+        |(name, digest, numbers, family, (rope_theta, rope_scaling), init)| {
+            let ((seed, tokens, lanes), [learning_rate, beta1]) = numbers;
+            RunSpec {
+                version: RUN_SPEC_VERSION,
+                name,
+                model: ModelShape { rope_theta, rope_scaling, ..ModelShape::preset("15m").unwrap() },
+                data: DataSpec { digest, tokens },
+                batch: BatchShape { lanes, micro_batches: 2, sequences: 3, sequence_length: 4 },
+                recipe: Recipe { learning_rate, beta1, ..Recipe::default() },
+                init,
+                seed,
+                numerics: NumericsClass { precision: Precision::Fp32, family },
+            }
         },
     )
+}
+
+fn rope_scaling() -> impl Strategy<Value = RopeScaling> {
+    prop_oneof![
+        (1f32..100.0).prop_map(|factor| RopeScaling::Linear { factor }),
+        (1f32..100.0, 0.1f32..2.0, 2f32..9.0, 1..1u32 << 20).prop_map(
+            |(factor, low_freq_factor, high_freq_factor, original_context)| RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            }
+        ),
+    ]
 }
 
 pub(crate) fn hello() -> impl Strategy<Value = Hello> {
@@ -106,18 +127,29 @@ pub(crate) fn hello() -> impl Strategy<Value = Hello> {
 }
 
 pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
-    (worker(), run_spec(), (any::<u32>(), timing(), any::<u64>()), text(), text(), step()).prop_map(
-        |(worker, spec, (redundancy, timing, checkpoint_every), data, checkpoints, committed)| Welcome {
-            worker,
-            spec,
-            redundancy,
-            timing,
-            checkpoint_every,
-            data,
-            checkpoints,
-            committed,
-        },
+    (
+        worker(),
+        run_spec(),
+        (any::<u32>(), timing(), any::<u64>()),
+        text(),
+        (text(), option::of(text())),
+        step(),
     )
+        .prop_map(
+            |(worker, spec, (redundancy, timing, checkpoint_every), data, (checkpoints, init), committed)| {
+                Welcome {
+                    worker,
+                    spec,
+                    redundancy,
+                    timing,
+                    checkpoint_every,
+                    data,
+                    checkpoints,
+                    init,
+                    committed,
+                }
+            },
+        )
 }
 
 /// Times in order: each that is set is within its range.

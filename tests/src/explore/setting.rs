@@ -205,6 +205,7 @@ impl Setting {
             context: 2,
             norm_eps: 1e-5,
             rope_theta: 1e4,
+            rope_scaling: None,
         };
         let batch = BatchShape { lanes: options.lanes, micro_batches: 1, sequences: 1, sequence_length: 1 };
         if !options.lanes.is_power_of_two() || options.steps < 1 {

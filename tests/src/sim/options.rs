@@ -184,6 +184,7 @@ impl Options {
                 context: 8,
                 norm_eps: 1e-5,
                 rope_theta: 1e4,
+                rope_scaling: None,
             },
             data: DataSpec { digest: Digest::default(), tokens: 1 << 20 },
             batch: BatchShape {
@@ -201,6 +202,7 @@ impl Options {
                 non_finite: self.non_finite,
                 ..Recipe::default()
             },
+            init: caravan_types::Initial::Seed,
             seed: 1,
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
         }

@@ -6,7 +6,7 @@ use toml::{Table, Value};
 
 /// Each package's folder, its name, and the packages of this workspace that it may know.
 /// Dependencies point inwards: edges to cores, engine and wire, and those to types.
-const WALLS: [(&str, &str, &[&str]); 12] = [
+const WALLS: [(&str, &str, &[&str]); 13] = [
     ("proto/types", "caravan-types", &[]),
     ("proto/wire", "caravan-wire", &["caravan-types"]),
     ("kernels", "caravan-kernels", &[]),
@@ -15,6 +15,7 @@ const WALLS: [(&str, &str, &[&str]); 12] = [
     ("worker/engine", "caravan-engine", &["caravan-kernels", "caravan-types"]),
     ("worker/data", "caravan-data", &["caravan-types"]),
     ("worker/checkpoint", "caravan-checkpoint", &["caravan-types"]),
+    ("worker/pretrained", "caravan-pretrained", &["caravan-types"]),
     (
         "coordinator",
         "caravan-coordinator",
@@ -28,6 +29,7 @@ const WALLS: [(&str, &str, &[&str]); 12] = [
             "caravan-data",
             "caravan-engine",
             "caravan-kernels",
+            "caravan-pretrained",
             "caravan-types",
             "caravan-wire",
             "caravan-worker-core",
@@ -45,6 +47,7 @@ const EVERYTHING: &[&str] = &[
     "caravan-data",
     "caravan-engine",
     "caravan-kernels",
+    "caravan-pretrained",
     "caravan-types",
     "caravan-wire",
     "caravan-worker",
@@ -76,7 +79,8 @@ const IMPURE: [&str; 12] = [
 ];
 
 /// Below the edges nothing waits for a network.
-const NO_RUNTIME: [&str; 4] = ["kernels", "worker/engine", "worker/data", "worker/checkpoint"];
+const NO_RUNTIME: [&str; 5] =
+    ["kernels", "worker/engine", "worker/data", "worker/checkpoint", "worker/pretrained"];
 
 /// Crates that bring a runtime or a network.
 const RUNTIMES: [&str; 8] =

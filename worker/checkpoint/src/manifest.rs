@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! {"seal":"<64 hexadecimal digits>",
-//! "manifest":{"version":1,"step":100,…}}
+//! "manifest":{"version":2,"step":100,…}}
 //! ```
 
 use crate::files::HashedFile;
@@ -19,7 +19,7 @@ use std::fs;
 use std::path::Path;
 
 /// Version of the manifest's format; a reader refuses any other.
-pub const MANIFEST_VERSION: u32 = 1;
+pub const MANIFEST_VERSION: u32 = 2;
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 

@@ -28,6 +28,7 @@ fn spec() -> RunSpec {
         data: DataSpec { digest: Digest([7; 32]), tokens: 1000 },
         batch: BatchShape { lanes: 4, micro_batches: 1, sequences: 2, sequence_length: 16 },
         recipe: Recipe { learning_rate: 0.1 + 0.2, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     }
@@ -157,9 +158,9 @@ fn a_damaged_tokenizer_is_refused() {
 #[test]
 fn a_manifest_of_another_version_is_refused_with_what_to_do() {
     let reason = refused_after(|dir| {
-        reseal(dir, |m| m.replacen("\"version\":1,\"step\"", "\"version\":2,\"new\":0,\"step\"", 1));
+        reseal(dir, |m| m.replacen("\"version\":2,\"step\"", "\"version\":3,\"new\":0,\"step\"", 1));
     });
-    assert!(reason.contains("format version 2, this program reads version 1"), "{reason}");
+    assert!(reason.contains("format version 3, this program reads version 2"), "{reason}");
 }
 
 #[test]

@@ -89,6 +89,7 @@ fn spec(model: &ModelShape, precision: Precision, family: &str, [sequences, leng
             sequence_length: length as u32,
         },
         recipe: Recipe { learning_rate: 5e-4, warmup_steps: 0, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 0,
         numerics: NumericsClass { precision, family: family.to_owned() },
         model: model.clone(),

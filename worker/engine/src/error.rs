@@ -136,6 +136,14 @@ pub enum EngineError {
         /// What is wrong.
         reason: String,
     },
+    /// Weights to start with that could not be had.
+    #[error("the weights that slice {slice} starts with: {reason}")]
+    Initial {
+        /// The slice.
+        slice: SliceId,
+        /// What is wrong.
+        reason: String,
+    },
     /// Memory does not hold what was put there.
     #[error(
         "the {what} of slice {slice} at step {step} is not what was put there: memory of this machine was changed \

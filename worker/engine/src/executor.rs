@@ -16,8 +16,8 @@ use caravan_types::peer::{Key, LaneResult};
 use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BLOCK, BatchShape, Generation, Lane, MicroBatch, MicroId, Part, Precision, Recipe, RunSpec, SliceId,
-    SliceSet, SliceSum, Step, Verdict,
+    BLOCK, BatchShape, Generation, Initial, Lane, MicroBatch, MicroId, Part, Precision, Recipe, RunSpec,
+    Slice, SliceId, SliceSet, SliceSum, Step, Verdict,
 };
 use std::collections::BTreeMap;
 use std::fmt;
@@ -52,6 +52,14 @@ pub trait Checkpoints {
     /// # Errors
     /// Why they cannot be had.
     fn load(&mut self, step: Step, slices: &SliceSet) -> Result<Vec<(SliceId, Vec<f32>)>, String>;
+
+    /// The weights of a slice at step 0, where a run does not start from its seed.
+    ///
+    /// # Errors
+    /// Why they cannot be had.
+    fn initial(&mut self, id: SliceId, slice: &Slice) -> Result<Vec<f32>, String> {
+        Err(format!("nobody has said where weights such as those of {:?} are ({id})", slice.range))
+    }
 }
 
 /// A fault of the machine, to try what comes of it. The number says which bit.
@@ -186,6 +194,7 @@ pub(crate) struct Typed<E: Weight, B, C> {
     pub(crate) watch: Arc<Watch>,
     pub(crate) batches: B,
     checkpoints: C,
+    init: Initial,
     pub(crate) model: Model<E>,
     pub(crate) state: State<E>,
     pub(crate) gradients: Gradients,
@@ -228,6 +237,7 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             watch,
             batches,
             checkpoints,
+            init: spec.init.clone(),
             gradients: Gradients::new(spec.batch.lanes, state.table().len()),
             model,
             state,
@@ -264,7 +274,10 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             Task::Install(key) => self.install(key)?,
             Task::Init { slices, part } => {
                 let ids: Vec<SliceId> = slices.iter().collect();
-                self.state.init(&ids, part, &self.cpu)?;
+                match self.init {
+                    Initial::Seed => self.state.init(&ids, part, &self.cpu)?,
+                    Initial::Weights { .. } => self.start_with(&ids, part)?,
+                }
             }
             Task::Load { generation, step, slices, part } => {
                 return match self.load(step, &slices, part) {
@@ -532,6 +545,20 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
                 Err(EngineError::Missing(key))
             }
         }
+    }
+
+    /// Takes weights that were there before the run into use.
+    fn start_with(&mut self, ids: &[SliceId], part: Part) -> Result<(), EngineError> {
+        for id in ids {
+            let slice = self.state.slice(*id)?.clone();
+            let bad = |reason| EngineError::Initial { slice: *id, reason };
+            let values = self.checkpoints.initial(*id, &slice).map_err(bad)?;
+            if values.len() != slice.len() {
+                return Err(bad(format!("{} values instead of {}", values.len(), slice.len())));
+            }
+            self.state.begin(&self.cpu, *id, part, values)?;
+        }
+        Ok(())
     }
 
     fn load(&mut self, step: Step, slices: &SliceSet, part: Part) -> Result<(), EngineError> {

@@ -55,7 +55,7 @@ impl<'a, E: Element> Generator<'a, E> {
         Ok(Self {
             cpu,
             epsilon: E::Sum::from_f64(f64::from(shape.norm_eps)),
-            turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
+            turns: rope::Table::new(layout.context, &shape.rope_rates()),
             cache: (0..layout.layers).map(|_| [vec![E::default(); rows], vec![E::default(); rows]]).collect(),
             position: 0,
             logits: vec![E::Sum::ZERO; layout.vocab],

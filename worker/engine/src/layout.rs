@@ -4,7 +4,7 @@
 //! laid out alike.
 
 use crate::EngineError;
-use caravan_types::{ModelShape, UnitId};
+use caravan_types::{ModelShape, RopeScaling, UnitId};
 use std::ops::Range;
 
 /// Elements of a unit.
@@ -166,6 +166,9 @@ fn check(shape: &ModelShape) -> Result<(), EngineError> {
     }
     if !heads.is_multiple_of(kv_heads) {
         return bad(format!("heads {heads} must be a multiple of kv_heads {kv_heads}"));
+    }
+    if let Some(fault) = shape.rope_scaling.and_then(RopeScaling::fault) {
+        return bad(format!("rope_scaling: {fault}"));
     }
     Ok(())
 }

@@ -123,7 +123,7 @@ impl<E: Element> Model<E> {
         let layout = Layout::new(shape)?;
         Ok(Self {
             epsilon: E::Sum::from_f64(f64::from(shape.norm_eps)),
-            turns: rope::Table::new(layout.context, layout.head, f64::from(shape.rope_theta)),
+            turns: rope::Table::new(layout.context, &shape.rope_rates()),
             units: 0..layout.units(),
             spare: Vec::new(),
             memory: Memory::default(),

@@ -300,16 +300,24 @@ impl<E: Weight> State<E> {
             init::fill(&self.shape, self.seed, slice.range.clone(), &mut values);
             values
         });
-        for (id, mut values) in ids.iter().zip(made) {
-            match part {
-                Part::Weights => self.set_weights(cpu, *id, Step(0), &values)?,
-                Part::State => {
-                    values.resize(3 * values.len(), 0.0);
-                    self.set_state(cpu, *id, Step(0), &values)?;
-                }
+        ids.iter().zip(made).try_for_each(|(id, values)| self.begin(cpu, *id, part, values))
+    }
+
+    /// Takes a slice's weights at step 0 into use; its moments are zero then.
+    pub(crate) fn begin(
+        &mut self,
+        cpu: &Cpu,
+        id: SliceId,
+        part: Part,
+        mut values: Vec<f32>,
+    ) -> Result<(), EngineError> {
+        match part {
+            Part::Weights => self.set_weights(cpu, id, Step(0), &values),
+            Part::State => {
+                values.resize(3 * values.len(), 0.0);
+                self.set_state(cpu, id, Step(0), &values)
             }
         }
-        Ok(())
     }
 
     /// Drops a slice's training state; its weights stay where its unit is computed with.

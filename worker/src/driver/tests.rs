@@ -46,6 +46,7 @@ impl Run {
             data: prepared.spec,
             batch: BatchShape { lanes: LANES, micro_batches: 1, sequences: 2, sequence_length: 16 },
             recipe: Recipe { steps: 3, warmup_steps: 1, ..Recipe::default() },
+            init: caravan_types::Initial::Seed,
             seed: 7,
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
         };
@@ -63,6 +64,7 @@ impl Run {
             checkpoint_every: 0,
             data: self.data.to_str().unwrap().into(),
             checkpoints: self.dir.path().join("checkpoints").to_str().unwrap().into(),
+            init: None,
             committed: Step(0),
         }
     }

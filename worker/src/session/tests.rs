@@ -41,6 +41,7 @@ fn welcome() -> Welcome {
         data: DataSpec { digest: Digest([1; 32]), tokens: 1000 },
         batch: BatchShape { lanes: 2, micro_batches: 1, sequences: 1, sequence_length: 8 },
         recipe: Recipe::default(),
+        init: caravan_types::Initial::Seed,
         seed: 1,
         numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
     };
@@ -52,6 +53,7 @@ fn welcome() -> Welcome {
         checkpoint_every: 0,
         data: "data".into(),
         checkpoints: "checkpoints".into(),
+        init: None,
         committed: Step(0),
     }
 }

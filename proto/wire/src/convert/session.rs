@@ -227,6 +227,7 @@ impl From<Welcome> for pb::Welcome {
             checkpoint_every: welcome.checkpoint_every,
             data: welcome.data,
             checkpoints: welcome.checkpoints,
+            init: welcome.init,
             committed: welcome.committed.0,
         }
     }
@@ -248,6 +249,7 @@ impl TryFrom<pb::Welcome> for Welcome {
             checkpoint_every: welcome.checkpoint_every,
             data: text(welcome.data, "Welcome.data")?,
             checkpoints: text(welcome.checkpoints, "Welcome.checkpoints")?,
+            init: welcome.init.map(|init| text(init, "Welcome.init")).transpose()?,
             committed: limits::step(welcome.committed, "Welcome.committed")?,
         })
     }

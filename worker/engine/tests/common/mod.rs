@@ -25,6 +25,7 @@ pub fn tiny() -> ModelShape {
         context: 128,
         norm_eps: 1e-5,
         rope_theta: 10000.0,
+        rope_scaling: None,
     }
 }
 
@@ -86,6 +87,7 @@ pub fn spec(shape: &ModelShape, family: &str) -> RunSpec {
         data: DataSpec { digest: Digest::default(), tokens: 0 },
         batch: BatchShape { lanes: 8, micro_batches: 2, sequences: 2, sequence_length: 7 },
         recipe: Recipe { steps: 10, warmup_steps: 2, learning_rate: 0.01, ..Recipe::default() },
+        init: caravan_types::Initial::Seed,
         seed: 11,
         numerics: NumericsClass { precision: Precision::Fp32, family: family.into() },
     }

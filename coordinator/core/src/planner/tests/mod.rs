@@ -21,6 +21,7 @@ pub(super) fn shape(layers: u32) -> ModelShape {
         context: 8,
         norm_eps: 1e-5,
         rope_theta: 1e4,
+        rope_scaling: None,
     }
 }
 
