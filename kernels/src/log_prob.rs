@@ -8,7 +8,7 @@ use crate::{Cpu, Real, reduce};
 use rayon::prelude::*;
 
 /// For each row x of `logits` (rows of `vocab`) and its target t: `log_probs` is
-/// log softmax(x)[t] = (x_t − max x) − log Σ_i exp(x_i − max x), and `greedy` is whether t is the
+/// `log softmax(x)[t]` = (x_t − max x) − log Σ_i exp(x_i − max x), and `greedy` is whether t is the
 /// token that decoding without chance takes: the likeliest one, of several alike the lowest.
 /// Leaves nothing of use in `logits`.
 ///
