@@ -5,8 +5,9 @@ use crate::Outcome;
 use crate::config::cores;
 use caravan_checkpoint::Checkpoint;
 use caravan_data::Tokenizer;
-use caravan_engine::{Generator, Sampling};
-use caravan_kernels::{Cpu, Family};
+use caravan_engine::{Generator, Sampling, fastest};
+use caravan_kernels::{Bf16, Cpu, Element, Family};
+use caravan_types::Precision;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -79,15 +80,29 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Outcome {
 /// # Errors
 /// Where the checkpoint has no tokenizer, cannot be read, or the prompt does not fit.
 pub fn stream(checkpoint: &Checkpoint, prompt: &str, options: &Options, out: &mut dyn Write) -> Outcome {
-    let spec = &checkpoint.manifest().spec;
-    let tokenizer = Tokenizer::load(&tokenizer_of(checkpoint)?)?;
+    let numerics = &checkpoint.manifest().spec.numerics;
     // The run's family gives its bits; text from another one may differ in a late token.
-    let family = Family::named(&spec.numerics.family).unwrap_or_else(Family::best);
+    let family = Family::named(&numerics.family).unwrap_or_else(|| fastest(numerics.precision));
     let threads = options.threads.map_or(cores() as usize, usize::from);
     let cpu = Cpu::new(threads, family)?;
-    let weights = checkpoint.weights()?;
-    let mut generator = Generator::new(&cpu, &spec.model, &weights)?;
+    match numerics.precision {
+        Precision::Fp32 => stream_with::<f32>(checkpoint, &cpu, prompt, options, out),
+        Precision::Mixed => stream_with::<Bf16>(checkpoint, &cpu, prompt, options, out),
+    }
+}
 
+fn stream_with<E: Element<Sum = f32>>(
+    checkpoint: &Checkpoint,
+    cpu: &Cpu,
+    prompt: &str,
+    options: &Options,
+    out: &mut dyn Write,
+) -> Outcome {
+    let spec = &checkpoint.manifest().spec;
+    let tokenizer = Tokenizer::load(&tokenizer_of(checkpoint)?)?;
+    let weights: Vec<E> = checkpoint.weights()?.into_iter().map(E::narrow).collect();
+    let mut generator = Generator::new(cpu, &spec.model, &weights)?;
+    drop(weights);
     let mut tokens = vec![tokenizer.bos()];
     tokens.extend(tokenizer.encode(prompt)?);
     let (context, used) = (spec.model.context, tokens.len());

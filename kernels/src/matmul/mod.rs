@@ -18,7 +18,7 @@ mod pairs;
 mod tiles;
 
 pub(crate) use pack::packed_in;
-pub use pack::{Packed, pack, packed_len};
+pub use pack::{Factor, Packed, pack, packed_len};
 pub use tiles::Tiles;
 
 use crate::target::Target;
@@ -41,6 +41,11 @@ const TASK_ROWS: usize = 192;
 /// Columns of C that a task computes: a multiple of every family's tile width (64, 32, 16, 8
 /// and 2), large enough that packing A once for them costs little.
 const TASK_COLS: usize = 1024;
+
+/// Columns of C that a task computes where there are so few rows that B is only read once: fewer,
+/// so that all threads read. A multiple of every tile width, too.
+const FEW_ROWS: usize = 16;
+const FEW_COLS: usize = 128;
 
 /// A matrix in memory.
 #[derive(Clone, Copy, Debug)]
@@ -150,13 +155,14 @@ where
     O: Element<Sum = E::Sum>,
 {
     check(&a, b, &c);
-    let (row_tasks, col_tasks) = (c.rows.div_ceil(TASK_ROWS), c.cols.div_ceil(TASK_COLS));
+    let task_cols = if c.rows <= FEW_ROWS { FEW_COLS } else { TASK_COLS };
+    let (row_tasks, col_tasks) = (c.rows.div_ceil(TASK_ROWS), c.cols.div_ceil(task_cols));
     let target = Target::new(c.data);
     cpu.for_each(row_tasks * col_tasks, |task| {
         // Neighbours in time share columns, so B's panels come from a shared cache.
-        let (row, col) = (task % row_tasks * TASK_ROWS, task / row_tasks * TASK_COLS);
+        let (row, col) = (task % row_tasks * TASK_ROWS, task / row_tasks * task_cols);
         let rows = row..(row + TASK_ROWS).min(c.rows);
-        let cols = col..(col + TASK_COLS).min(c.cols);
+        let cols = col..(col + task_cols).min(c.cols);
         let part = Part { family: cpu.family(), a, b, c: target, stride: c.stride, rows, cols, into };
         // SAFETY: tasks have disjoint rows × columns within the shape of C, which `check`
         // compared with A and B and ViewMut with its memory; the exclusive borrow of C

@@ -20,6 +20,36 @@ pub struct Packed<'a, E> {
     pub(super) cols: usize,
 }
 
+/// A right factor that is packed once and kept.
+#[derive(Debug)]
+pub struct Factor<E> {
+    data: Vec<E>,
+    depth: usize,
+    cols: usize,
+}
+
+impl<E: Element> Factor<E> {
+    /// Packs it.
+    #[must_use]
+    pub fn new(cpu: &Cpu, b: View<'_, E>) -> Self {
+        let mut data = vec![E::default(); packed_len::<E>(b.rows, b.cols, cpu.family())];
+        pack(cpu, b, &mut data);
+        Self { data, depth: b.rows, cols: b.cols }
+    }
+
+    /// Rows, over which is summed.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// As what it is multiplied as.
+    #[must_use]
+    pub fn packed(&self) -> Packed<'_, E> {
+        Packed { data: &self.data, depth: self.depth, cols: self.cols }
+    }
+}
+
 /// Elements that packing a `depth` × `cols` right factor takes: whole groups of whole vectors.
 #[must_use]
 pub fn packed_len<E: Element>(depth: usize, cols: usize, family: Family) -> usize {

@@ -4,7 +4,7 @@
 mod common;
 
 use caravan_engine::{EngineError, Generator, Model, Sampling};
-use caravan_kernels::{Cpu, Family};
+use caravan_kernels::{Bf16, Cpu, Element, Family};
 use caravan_types::{MicroBatch, ModelShape};
 use common::{batch, tiny, weights};
 
@@ -17,8 +17,13 @@ fn text(shape: &ModelShape, n: usize) -> MicroBatch {
 
 #[test]
 fn incremental_logits_are_those_of_the_full_forward_pass_to_the_bit() {
+    incremental::<f32>();
+    incremental::<Bf16>();
+}
+
+fn incremental<E: Element<Sum = f32>>() {
     let shape = ModelShape { vocab: 97, ..tiny() };
-    let w = weights::<f32>(&shape, 9);
+    let w: Vec<E> = weights::<f32>(&shape, 9).into_iter().map(E::narrow).collect();
     let text = text(&shape, 110);
     for family in Family::available() {
         let cpu = Cpu::new(2, family).unwrap();
