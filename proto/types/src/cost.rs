@@ -15,8 +15,8 @@ pub const STATE: u64 = 3 * FP32;
 /// Logits that the engine has at a time.
 const LOGITS: u64 = 1 << 23;
 
-/// Gradients of logits likewise.
-const LOGIT_GRADIENTS: u64 = 1 << 25;
+/// Bytes of gradients of logits likewise.
+const LOGIT_GRADIENTS: u64 = 1 << 26;
 
 /// Either come in multiples of so many rows.
 const ROWS: u64 = 256;
@@ -46,7 +46,7 @@ impl Activations {
         Self {
             layer: FP32 * tokens * (2 * d + heads) + each * tokens * (d + qkv + 2 * h),
             shared: FP32 * tokens * 3 * d + each * tokens * (3 * d + qkv + 3 * h),
-            head: v * (FP32 * rows(LOGITS) + each * rows(LOGIT_GRADIENTS)) + each * 2 * d * v,
+            head: v * (FP32 * rows(LOGITS) + each * rows(LOGIT_GRADIENTS / each)) + each * 2 * d * v,
         }
     }
 }

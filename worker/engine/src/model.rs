@@ -28,10 +28,10 @@ pub use score::Score;
 /// Logits that exist at a time, 32 MiB of f32: small enough for a last-level cache.
 const LOGITS: usize = 1 << 23;
 
-/// Gradients of logits that exist at a time, 64 MiB of bf16: so many that adding their share to the
-/// head's gradient, a pass over all of it, costs little against computing it. That is summed share
-/// by share: changing it changes bits.
-const LOGIT_GRADIENTS: usize = 1 << 25;
+/// Bytes of gradients of logits that exist at a time: so many that adding their share to the head's
+/// gradient, a pass over all of it, costs little against computing it. That is summed share by
+/// share: changing it changes bits.
+const LOGIT_GRADIENTS: usize = 1 << 26;
 
 /// Either come in multiples of so many rows.
 const ROWS: usize = 256;
@@ -340,7 +340,7 @@ impl<E: Element> Model<E> {
         grow(&mut m.rounded, n * dim);
         if self.units.end == self.layout.units() {
             grow(&mut m.logits, rows_of(LOGITS, vocab).min(n) * vocab);
-            grow(&mut m.dlogits, rows_of(LOGIT_GRADIENTS, vocab).min(n) * vocab);
+            grow(&mut m.dlogits, rows_of(LOGIT_GRADIENTS / size_of::<E>(), vocab).min(n) * vocab);
             grow(&mut m.losses, n);
             grow(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
             grow(&mut m.head[1], matmul::packed_len::<E>(vocab, dim, cpu.family()));
@@ -414,8 +414,8 @@ impl<E: Element> Model<E> {
         let [forward, backward] = &mut m.head;
         let forward = matmul::pack(cpu, head.t(), forward);
         let backward = matmul::pack(cpu, head, backward);
-        for start in (0..n).step_by(rows_of(LOGIT_GRADIENTS, vocab)) {
-            let share = start..(start + rows_of(LOGIT_GRADIENTS, vocab)).min(n);
+        for start in (0..n).step_by(rows_of(LOGIT_GRADIENTS / size_of::<E>(), vocab)) {
+            let share = start..(start + rows_of(LOGIT_GRADIENTS / size_of::<E>(), vocab)).min(n);
             let dlogits = &mut m.dlogits[..share.len() * vocab];
             for row in share.clone().step_by(rows_of(LOGITS, vocab)) {
                 if stop(self.layout.layers as u32 + 1) {

@@ -87,7 +87,7 @@ impl<'a> World<'a> {
         bytes += 4 * tokens * (6 * d + qkv + 3 * h);
         if units.end == self.units() {
             let rows = |logits: u64| tokens.min((logits / v / 256).max(1) * 256);
-            bytes += 4 * v * (rows(1 << 23) + rows(1 << 25) + 2 * d);
+            bytes += 4 * v * (rows(1 << 23) + rows(1 << 24) + 2 * d);
         }
         bytes <= worker.memory
     }
