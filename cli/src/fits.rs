@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn the_example_fits_into_a_gibibyte_and_a_model_for_a_hundred_machines_does_not() {
         assert_eq!(check_with(&settings(&[]), 1 << 30), Ok(()));
-        let large = ["model={preset=\"70b\"}", "batch.sequence_length=4096"];
+        let large = ["model.dim=8192", "model.layers=80", "model.heads=64", "model.hidden=28672"];
         let error = check_with(&settings(&large), 64 << 30).unwrap_err().to_string();
         for said in ["2 of its workers take about", "64.0 GiB", "model.preset = ", "caravan coordinator"] {
             assert!(error.contains(said), "{said}: {error}");

@@ -58,7 +58,7 @@ const FOUND: [(&str, usize, &[Kind], u64, &str); 13] = [
     ("NormByMember", 0, &[], 2, "N-1"),
     ("DropBeforeCommit", 2, &[Kind::Join, Kind::Crash], 2, "C-2"),
     ("ReportAndGoOn", 1, &[Kind::Crash], 2, "L-1"),
-    ("ApplySkipped", 1, &[Kind::Crash], 2, "L-1"),
+    ("ApplySkipped", 1, &[Kind::Crash], 2, "N-1"),
     ("HealFromAnotherStep", 1, &[Kind::Break], 2, "L-1"),
     ("DropLeaversSlices", 2, &[Kind::Leave], 2, "C-2"),
     ("PlanToldOnce", 2, &[Kind::Crash, Kind::Coordinator], 2, "L-1"),
