@@ -56,6 +56,26 @@ fn one_to_four_pipelines_of_one_to_four_stages_have_the_same_bits() {
 }
 
 #[test]
+fn mixed_precision_has_the_same_bits_in_pipelines_and_when_a_worker_dies() {
+    let place = Place::new();
+    let train = |run: &str, args: &[&str]| place.train(run, &[&["--set", "precision=mixed"], args].concat());
+    let quiet = train("one", &["--workers", "1"]).end().weights();
+    let pipelines = train("pipelines", &["--workers", "4", "--set", "cluster.stages=2"]).end();
+    assert_eq!(pipelines.weights(), quiet, "{}", pipelines.stderr);
+
+    let mut killed = train("killed", &["--workers", "3"]);
+    place.reach("killed", 8);
+    kill(killed.children()[1], "KILL");
+    killed.wait_for("starting it again");
+    let killed = killed.end();
+    assert_eq!(killed.weights(), quiet, "{}", killed.stderr);
+    let fp32 = place.train("fp32", &["--workers", "1"]).end().weights();
+    assert_ne!(fp32, quiet, "another numerics class");
+    let text = place.run(&["generate", "--checkpoint", "killed", "--prompt", "a", "--max-tokens", "3"]);
+    assert!(text.status.success() && text.stdout.starts_with('a'), "{text:?}");
+}
+
+#[test]
 fn when_all_die_the_same_command_goes_on_from_the_checkpoint() {
     let place = Place::new();
     let quiet = place.train("quiet", &[]).end().weights();
