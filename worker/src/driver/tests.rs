@@ -213,7 +213,9 @@ async fn a_worker_goes_on_without_its_coordinator_and_tells_the_next_one_what_it
     let (run, mut stub) = (Run::new(), Stub::start().await);
     let (mut workers, mut talks, members) = gather(&run, &mut stub, 1).await;
     talks[0].say(ToWorker::Plan(Arc::new(run.plan(&members)))).await;
-    // Nobody hears of a step from here on.
+    // Nobody listens to what it says from here on.
+    let first = talks[0].news().await;
+    assert!(matches!(first, Some(FromWorker::Committed(Committed { step: Step(1), .. }))), "{first:?}");
     talks.clear();
     let known = Welcome { committed: Step(1), ..run.welcome(1) };
     let (mut talk, hello) = stub.take_on(known).await;
