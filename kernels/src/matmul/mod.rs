@@ -17,8 +17,8 @@ mod pack;
 mod pairs;
 mod tiles;
 
-pub(crate) use pack::packed_in;
 pub use pack::{Factor, Packed, pack, packed_len};
+pub(crate) use pack::{pack_serial, packed_in};
 pub use tiles::Tiles;
 
 use crate::target::Target;

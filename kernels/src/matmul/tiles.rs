@@ -76,6 +76,16 @@ pub struct Tiles<E: Element> {
 }
 
 impl<E: Element> Tiles<E> {
+    /// Columns of the largest tile.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Rows of the largest tile.
+    pub(crate) fn height(&self) -> usize {
+        self.height
+    }
+
     /// # Safety
     /// As for [`Multiply`].
     pub(super) unsafe fn multiply(&self, call: &Call<E>) {

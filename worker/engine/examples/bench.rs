@@ -139,16 +139,18 @@ fn main() -> Result<(), Box<dyn Error>> {
             parts = [computed, reduced - computed, total - reduced].map(|d| d.as_secs_f64() * 1e3);
         }
     }
+    let peak = caravan_engine::peak(&spec.numerics).unwrap_or(f64::NAN) * threads as f64;
     times.sort_by(f64::total_cmp);
     let (median, tokens) = (times[times.len() / 2], (sequences * length) as f64);
     let flops = model.train_flops_per_token(length as u32) * tokens;
     println!(
         "caravan {preset} {precision}/{family} threads={threads} batch={sequences}x{length} params={:.1}M loss={loss:.4} \
-         step={:.0}ms tok/s={:.0} GFLOP/s={:.0} (compute {:.0} reduce {:.0} apply {:.0} ms; init {:.0} ms)",
+         step={:.0}ms tok/s={:.0} GFLOP/s={:.0}, {:.0} % of the tiles' peak (compute {:.0} reduce {:.0} apply {:.0} ms; init {:.0} ms)",
         model.parameters() as f64 / 1e6,
         median * 1e3,
         tokens / median,
         flops / median / 1e9,
+        100.0 * flops / median / peak,
         parts[0],
         parts[1],
         parts[2],

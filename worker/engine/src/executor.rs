@@ -16,8 +16,8 @@ use caravan_types::peer::{Key, LaneResult};
 use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BLOCK, BatchShape, Generation, Initial, Lane, MicroBatch, MicroId, Part, Precision, Recipe, RunSpec,
-    Slice, SliceId, SliceSet, SliceSum, Step, Verdict,
+    BLOCK, BatchShape, Generation, Initial, Lane, MicroBatch, MicroId, NumericsClass, Part, Precision,
+    Recipe, RunSpec, Slice, SliceId, SliceSet, SliceSum, Step, Verdict,
 };
 use std::collections::BTreeMap;
 use std::fmt;
@@ -588,6 +588,17 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
 /// Exactly these values.
 fn widened<E: Weight>(values: &[E]) -> Vec<f32> {
     values.iter().map(|x| x.widen()).collect()
+}
+
+/// FLOP/s of one thread in the products of a numerics class, as measured now; none where this
+/// machine has no such family.
+#[must_use]
+pub fn peak(numerics: &NumericsClass) -> Option<f64> {
+    let family = Family::named(&numerics.family)?;
+    Some(match numerics.precision {
+        Precision::Fp32 => caravan_kernels::peak::<f32>(family),
+        Precision::Mixed => caravan_kernels::peak::<Bf16>(family),
+    })
 }
 
 /// The fastest instruction family of this machine in that precision.

@@ -24,7 +24,7 @@ mod state;
 mod watch;
 
 pub use error::EngineError;
-pub use executor::{Batches, Checkpoints, Executor, Flaw, fastest};
+pub use executor::{Batches, Checkpoints, Executor, Flaw, fastest, peak};
 pub use generate::{Generator, Sampling};
 pub use model::{Model, Score};
 pub use watch::Watch;
