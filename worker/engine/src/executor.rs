@@ -6,6 +6,7 @@
 //! generation stops at the next layer, and nothing of it stays behind.
 
 use crate::diagnose::Suspect;
+use crate::flaw::Flaw;
 use crate::gradients::Gradients;
 use crate::model::Flight;
 use crate::state::{State, Weight};
@@ -16,13 +17,11 @@ use caravan_types::peer::{Key, LaneResult};
 use caravan_types::progress::{Doing, Place};
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BLOCK, BatchShape, Generation, Initial, Lane, MicroBatch, MicroId, NumericsClass, Part, Precision,
-    Recipe, RunSpec, Slice, SliceId, SliceSet, SliceSum, Step, Verdict,
+    BLOCK, BatchShape, Generation, Initial, Lane, MicroBatch, MicroId, Part, Precision, Recipe, RunSpec,
+    Slice, SliceId, SliceSet, SliceSum, Step, Verdict,
 };
 use std::collections::BTreeMap;
-use std::fmt;
 use std::ops::Range;
-use std::str::FromStr;
 use std::sync::Arc;
 
 /// Where micro-batches come from. Both answers are pure functions of the run spec and data.
@@ -59,51 +58,6 @@ pub trait Checkpoints {
     /// Why they cannot be had.
     fn initial(&mut self, id: SliceId, slice: &Slice) -> Result<Vec<f32>, String> {
         Err(format!("nobody has said where weights such as those of {:?} are ({id})", slice.range))
-    }
-}
-
-/// A fault of the machine, to try what comes of it. The number says which bit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flaw {
-    /// Memory that holds weights or training state flips a bit.
-    Memory(u64),
-    /// The next final gradient is summed up wrong.
-    Sum(u64),
-    /// The next update computes wrong weights.
-    Update(u64),
-}
-
-impl fmt::Display for Flaw {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self {
-            Self::Memory(_) => "memory",
-            Self::Sum(_) => "sum",
-            Self::Update(_) => "update",
-        };
-        write!(f, "{name} {}", self.bit())
-    }
-}
-
-impl FromStr for Flaw {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let unknown = || format!("{text:?} is no flaw: memory, sum or update with the number of a bit");
-        let (name, bit) = text.split_once(' ').ok_or_else(unknown)?;
-        let bit = bit.parse().map_err(|_| unknown())?;
-        match name {
-            "memory" => Ok(Self::Memory(bit)),
-            "sum" => Ok(Self::Sum(bit)),
-            "update" => Ok(Self::Update(bit)),
-            _ => Err(unknown()),
-        }
-    }
-}
-
-impl Flaw {
-    fn bit(self) -> u64 {
-        let (Self::Memory(bit) | Self::Sum(bit) | Self::Update(bit)) = self;
-        bit
     }
 }
 
@@ -588,24 +542,4 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
 /// Exactly these values.
 fn widened<E: Weight>(values: &[E]) -> Vec<f32> {
     values.iter().map(|x| x.widen()).collect()
-}
-
-/// FLOP/s of one thread in the products of a numerics class, as measured now; none where this
-/// machine has no such family.
-#[must_use]
-pub fn peak(numerics: &NumericsClass) -> Option<f64> {
-    let family = Family::named(&numerics.family)?;
-    Some(match numerics.precision {
-        Precision::Fp32 => caravan_kernels::peak::<f32>(family),
-        Precision::Mixed => caravan_kernels::peak::<Bf16>(family),
-    })
-}
-
-/// The fastest instruction family of this machine in that precision.
-#[must_use]
-pub fn fastest(precision: Precision) -> Family {
-    match precision {
-        Precision::Fp32 => Family::best(),
-        Precision::Mixed => Family::best_for_bf16(),
-    }
 }

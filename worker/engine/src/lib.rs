@@ -14,17 +14,21 @@
 mod diagnose;
 mod error;
 mod executor;
+mod flaw;
 pub mod generate;
 mod gradients;
 pub mod init;
 pub mod layout;
 pub mod model;
+mod numerics;
 mod random;
 mod state;
 mod watch;
 
 pub use error::EngineError;
-pub use executor::{Batches, Checkpoints, Executor, Flaw, fastest, peak};
+pub use executor::{Batches, Checkpoints, Executor};
+pub use flaw::Flaw;
 pub use generate::{Generator, Sampling};
 pub use model::{Model, Score};
+pub use numerics::{fastest, peak};
 pub use watch::Watch;
