@@ -12,14 +12,22 @@ pub const FP32: u64 = 4;
 /// Bytes of an element's training state: master weight and two moments, all fp32.
 pub const STATE: u64 = 3 * FP32;
 
-/// Logits that the engine has at a time.
-const LOGITS: u64 = 1 << 23;
+/// Logits that the engine has at a time, 32 MiB of f32: small enough for a last-level cache.
+pub const LOGITS: u64 = 1 << 23;
 
-/// Bytes of gradients of logits likewise.
-const LOGIT_GRADIENTS: u64 = 1 << 26;
+/// Bytes of gradients of logits that it has at a time: so many that adding their share to the head's
+/// gradient, a pass over all of it, costs little against computing it. That is summed share by
+/// share: changing it changes bits.
+pub const LOGIT_GRADIENTS: u64 = 1 << 26;
 
 /// Either come in multiples of so many rows.
 const ROWS: u64 = 256;
+
+/// Rows of so many logits.
+#[must_use]
+pub fn logit_rows(logits: u64, vocab: u64) -> u64 {
+    (logits / vocab / ROWS).max(1) * ROWS
+}
 
 /// Memory of the passes over one micro-batch, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +49,7 @@ impl Activations {
         let each = precision.bytes();
         let tokens = u64::from(batch.sequences) * u64::from(batch.sequence_length);
         let [d, h, v, heads] = [model.dim, model.hidden, model.vocab, model.heads].map(u64::from);
-        let rows = |logits: u64| tokens.min((logits / v / ROWS).max(1) * ROWS);
+        let rows = |logits: u64| tokens.min(logit_rows(logits, v));
         let qkv = d + 2 * u64::from(model.kv_heads) * u64::from(model.head_dim());
         Self {
             layer: FP32 * tokens * (2 * d + heads) + each * tokens * (d + qkv + 2 * h),

@@ -19,22 +19,11 @@ use caravan_kernels::attention::{self, Inputs};
 use caravan_kernels::matmul::{self, Into};
 use caravan_kernels::rope::{self, Turn};
 use caravan_kernels::{Cpu, Element, Real, View, ViewMut, add, cross_entropy, embedding, rmsnorm, swiglu};
-use caravan_types::{MicroBatch, ModelShape};
+use caravan_types::{MicroBatch, ModelShape, cost};
 use std::ops::Range;
 
 mod score;
 pub use score::Score;
-
-/// Logits that exist at a time, 32 MiB of f32: small enough for a last-level cache.
-const LOGITS: usize = 1 << 23;
-
-/// Bytes of gradients of logits that exist at a time: so many that adding their share to the head's
-/// gradient, a pass over all of it, costs little against computing it. That is summed share by
-/// share: changing it changes bits.
-const LOGIT_GRADIENTS: usize = 1 << 26;
-
-/// Either come in multiples of so many rows.
-const ROWS: usize = 256;
 
 /// Asked before every layer, and before every chunk of the head, with the unit's number: whether
 /// to stop there.
@@ -339,8 +328,9 @@ impl<E: Element> Model<E> {
         grow(&mut m.dstream, n * dim);
         grow(&mut m.rounded, n * dim);
         if self.units.end == self.layout.units() {
-            grow(&mut m.logits, rows_of(LOGITS, vocab).min(n) * vocab);
-            grow(&mut m.dlogits, rows_of(LOGIT_GRADIENTS / size_of::<E>(), vocab).min(n) * vocab);
+            let (rows, share) = logit_rows::<E>(vocab);
+            grow(&mut m.logits, rows.min(n) * vocab);
+            grow(&mut m.dlogits, share.min(n) * vocab);
             grow(&mut m.losses, n);
             grow(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
             grow(&mut m.head[1], matmul::packed_len::<E>(vocab, dim, cpu.family()));
@@ -414,14 +404,15 @@ impl<E: Element> Model<E> {
         let [forward, backward] = &mut m.head;
         let forward = matmul::pack(cpu, head.t(), forward);
         let backward = matmul::pack(cpu, head, backward);
-        for start in (0..n).step_by(rows_of(LOGIT_GRADIENTS / size_of::<E>(), vocab)) {
-            let share = start..(start + rows_of(LOGIT_GRADIENTS / size_of::<E>(), vocab)).min(n);
+        let (chunk, share) = logit_rows::<E>(vocab);
+        for start in (0..n).step_by(share) {
+            let share = start..(start + share).min(n);
             let dlogits = &mut m.dlogits[..share.len() * vocab];
-            for row in share.clone().step_by(rows_of(LOGITS, vocab)) {
+            for row in share.clone().step_by(chunk) {
                 if stop(self.layout.layers as u32 + 1) {
                     return None;
                 }
-                let rows = row..(row + rows_of(LOGITS, vocab)).min(share.end);
+                let rows = row..(row + chunk).min(share.end);
                 let logits = &mut m.logits[..rows.len() * vocab];
                 let normed = View::rows_of(&m.normed[rows.start * dim..rows.end * dim], dim);
                 matmul::product(cpu, normed, &forward, ViewMut::rows_of(logits, vocab), Into::Set);
@@ -552,9 +543,10 @@ pub(crate) fn outer<E: Element>(cpu: &Cpu, dy: View<'_, E>, x: &[E], inputs: usi
     matmul::matmul(cpu, dy.t(), View::rows_of(x, inputs), ViewMut::rows_of(dw, inputs), Into::Add);
 }
 
-/// Rows of so many logits.
-fn rows_of(logits: usize, vocab: usize) -> usize {
-    (logits / vocab / ROWS).max(1) * ROWS
+/// Rows of logits, and of their gradients, that exist at a time.
+fn logit_rows<E>(vocab: usize) -> (usize, usize) {
+    let rows = |logits| cost::logit_rows(logits, vocab as u64) as usize;
+    (rows(cost::LOGITS), rows(cost::LOGIT_GRADIENTS / size_of::<E>() as u64))
 }
 
 fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {

@@ -9,7 +9,7 @@
 //! a row is one that the first row has, too. So a text's scores have the same bits alone and
 //! among any others.
 
-use super::{Flight, Kept, LOGITS, Model, check, grow, rows_of};
+use super::{Flight, Kept, Model, check, grow, logit_rows};
 use caravan_kernels::{Cpu, Element, View, ViewMut, embedding, log_prob, matmul};
 use caravan_types::MicroBatch;
 
@@ -99,7 +99,7 @@ impl<E: Element> Model<E> {
             m.normed.copy_within(row * dim..(row + 1) * dim, targets.len() * dim);
             targets.push(batch.targets[row]);
         }
-        let (n, chunk) = (targets.len(), rows_of(LOGITS, vocab));
+        let (n, chunk) = (targets.len(), logit_rows::<E>(vocab).0);
         grow(&mut m.logits, chunk.min(n) * vocab);
         grow(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
         let head = View::rows_of(&w[self.layout.head_weight.clone()], dim);
