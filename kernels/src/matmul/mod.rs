@@ -25,7 +25,7 @@ pub use pack::{Factor, Packed, pack, packed_len};
 pub(crate) use pack::{pack_serial, packed_in};
 pub use tiles::Tiles;
 
-use crate::target::Target;
+use crate::target::{Block, Target};
 use crate::{Cpu, Element, Family, scratch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -313,14 +313,12 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
         let mut sums = MaybeUninit::<[E::Sum; TILE]>::uninit();
         let sums = sums.as_mut_ptr().cast::<E::Sum>();
         // SAFETY: the caller's promise; `sums` has room for the largest tile.
-        unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums, tiles.width, false) };
-        for i in 0..rows {
-            // SAFETY: so many sums of each row were set just now.
-            let sums = unsafe { std::slice::from_raw_parts(sums.add(i * tiles.width), cols) };
-            // SAFETY: within the part of C that is ours.
-            let to = unsafe { std::slice::from_raw_parts_mut(at.wrapping_add(i * self.stride), cols) };
-            finish(self.family, sums, to, self.into == Into::Add);
-        }
+        unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums, cols, false) };
+        // SAFETY: so many sums were set just now.
+        let sums = unsafe { std::slice::from_raw_parts(sums, rows * cols) };
+        // SAFETY: within the part of C that is ours.
+        let to = unsafe { self.c.block(row * self.stride + j * tiles.width, (rows, cols), self.stride) };
+        finish(self.family, sums, to, self.into == Into::Add);
     }
 
     /// Adds up a tile over the blocks of `ks`.
@@ -370,14 +368,17 @@ const TILE: usize = 1024;
 
 kernel! {
     /// Rounds finished sums.
-    fn finish<O: Element>(sums: &[O::Sum], to: &mut [O], add: bool) {
-        if add {
-            for (to, sum) in to.iter_mut().zip(sums) {
-                *to = O::narrow(to.widen() + *sum);
-            }
-        } else {
-            for (to, sum) in to.iter_mut().zip(sums) {
-                *to = O::narrow(*sum);
+    fn finish<O: Element>(sums: &[O::Sum], to: Block<O>, add: bool) {
+        for (i, to) in to.rows().enumerate() {
+            let sums = &sums[i * to.len()..][..to.len()];
+            if add {
+                for (to, sum) in to.iter_mut().zip(sums) {
+                    *to = O::narrow(to.widen() + *sum);
+                }
+            } else {
+                for (to, sum) in to.iter_mut().zip(sums) {
+                    *to = O::narrow(*sum);
+                }
             }
         }
     }
