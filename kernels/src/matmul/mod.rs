@@ -21,7 +21,7 @@ mod tiles;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::has as has_amx;
-pub use pack::{Factor, Packed, pack, packed_len};
+pub use pack::{Factor, Packed, pack, pack_all, packed_len};
 pub(crate) use pack::{pack_serial, packed_in};
 pub use tiles::Tiles;
 
@@ -179,21 +179,19 @@ where
 
 /// Rows of C that a task computes: whole tiles, and where tasks are few, so many that each thread has
 /// as many.
-fn task_rows(rows: usize, col_tasks: usize, height: usize, threads: usize) -> usize {
+pub(crate) fn task_rows(rows: usize, col_tasks: usize, height: usize, threads: usize) -> usize {
     let fewest = rows.div_ceil(TASK_ROWS).max(1);
     let few = rows > FEW_ROWS && fewest * col_tasks < 8 * threads;
     let tasks = if few { fewest.next_multiple_of(threads) } else { fewest };
     rows.div_ceil(tasks).next_multiple_of(height).clamp(height, TASK_ROWS)
 }
 
-/// As [`product`], on this thread alone: for tasks that are part of a larger operation.
-pub(crate) fn product_serial<E, O>(
-    family: Family,
-    a: View<'_, E>,
-    b: &Packed<'_, E>,
-    c: ViewMut<'_, O>,
-    into: Into,
-) where
+/// As [`product`], on this thread alone: for tasks that are made of several operations.
+///
+/// # Panics
+/// Where shapes do not fit.
+pub fn product_rows<E, O>(family: Family, a: View<'_, E>, b: &Packed<'_, E>, c: ViewMut<'_, O>, into: Into)
+where
     E: Element,
     O: Element<Sum = E::Sum>,
 {

@@ -129,19 +129,46 @@ pub(crate) fn packed_in<'a, E: Element>(
 /// # Panics
 /// Where `out` is too short.
 pub fn pack<'a, E: Element>(cpu: &Cpu, b: View<'_, E>, out: &'a mut [E]) -> Packed<'a, E> {
+    let [packed] = pack_all(cpu, [b], out);
+    packed
+}
+
+/// Packs right factors one behind the other into `out`, which has the sum of their [`packed_len`] at
+/// least.
+///
+/// # Panics
+/// Where `out` is too short.
+pub fn pack_all<'a, E: Element, const N: usize>(
+    cpu: &Cpu,
+    factors: [View<'_, E>; N],
+    mut out: &'a mut [E],
+) -> [Packed<'a, E>; N] {
     let family = cpu.family();
     let tiles = E::tiles(family);
-    let out = &mut out[..packed_len::<E>(b.rows, b.cols, family)];
-    let (blocks, panels) = (b.rows.div_ceil(tiles.depth), b.cols.div_ceil(tiles.width));
-    let target = Target::new(out);
-    cpu.for_each(blocks * panels, |task| {
-        let p = panel_of(b.rows, b.cols, &tiles, task / panels * tiles.depth, task % panels);
-        // SAFETY: panels are disjoint and lie within packed_len (see `panel_of`), and the
-        // exclusive borrow of `out` outlives the tasks.
-        let out = unsafe { target.part(p.start, p.len()) };
-        pack_panel(family, b, &p, out);
+    let panels = |b: &View<'_, E>| b.rows.div_ceil(tiles.depth) * b.cols.div_ceil(tiles.width);
+    let parts = factors.map(|b| {
+        let part = scratch::take(&mut out, packed_len::<E>(b.rows, b.cols, family));
+        (b, Target::new(part), part.len())
     });
-    Packed { data: out, depth: b.rows, cols: b.cols }
+    cpu.for_each(parts.iter().map(|(b, ..)| panels(b)).sum(), |mut task| {
+        for (b, target, _) in &parts {
+            if task >= panels(b) {
+                task -= panels(b);
+                continue;
+            }
+            let across = b.cols.div_ceil(tiles.width);
+            let p = panel_of(b.rows, b.cols, &tiles, task / across * tiles.depth, task % across);
+            // SAFETY: panels are disjoint and lie within packed_len (see `panel_of`), and the
+            // exclusive borrow of `out` outlives the tasks.
+            let out = unsafe { target.part(p.start, p.len()) };
+            return pack_panel(family, *b, &p, out);
+        }
+    });
+    parts.map(|(b, target, len)| {
+        // SAFETY: the part of `out` that this was made from, which the tasks are done with.
+        let data = unsafe { target.part(0, len) };
+        Packed { data, depth: b.rows, cols: b.cols }
+    })
 }
 
 kernel! {
