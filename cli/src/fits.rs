@@ -57,6 +57,10 @@ fn check_with(s: &Settings, there: u64) -> Result<(), DoesNotFit> {
     if self::needed(&mixed, model, batch, workers) <= there {
         would_fit.push("precision = \"mixed\"".into());
     }
+    let recomputed = Settings { recompute: true, ..s.clone() };
+    if self::needed(&recomputed, model, batch, workers) <= there {
+        would_fit.push("recompute = true".into());
+    }
     let sequences = halves(batch.sequences);
     let fewer =
         { sequences }.find(|n| needs(model, &BatchShape { sequences: *n, ..*batch }, workers) <= there);
@@ -79,7 +83,7 @@ fn check_with(s: &Settings, there: u64) -> Result<(), DoesNotFit> {
 fn needed(s: &Settings, model: &ModelShape, batch: &BatchShape, workers: u32) -> u64 {
     let stages = u64::from(s.cluster.stages.clamp(1, workers));
     let Memory { weights, gradients, moments, activations } =
-        Memory::estimate(model, batch, s.precision, workers, s.cluster.redundancy);
+        Memory::estimate(model, batch, s.precision, s.recompute, workers, s.cluster.redundancy);
     let each = ((weights + gradients + activations) / stages).saturating_add(moments);
     each.saturating_mul(u64::from(workers))
 }
@@ -128,7 +132,7 @@ mod tests {
         };
         let DoesNotFit { would_fit, .. } = check_with(&settings(&set), there).unwrap_err();
         let settable: Vec<_> = would_fit.iter().filter(|s| !s.contains("preset")).collect();
-        assert!(settable.len() >= 2, "{would_fit:?}");
+        assert!(settable.len() >= 3 && would_fit.contains(&"recompute = true".into()), "{would_fit:?}");
         for one in settable {
             let change = one.replace(" = ", "=");
             let with = settings(&[&set[..], &[change.as_str()]].concat());

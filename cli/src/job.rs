@@ -168,6 +168,7 @@ impl Job {
                 .transpose()?,
             tokenizer: Some(self.prepared.dir.join("tokenizer.json")).filter(|t| t.exists()),
             listen: cluster.listen,
+            recompute: self.settings.recompute,
             redundancy: cluster.redundancy,
             stages: Some(cluster.stages).filter(|stages| *stages > 0),
             workers: cluster.workers,

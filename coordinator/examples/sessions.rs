@@ -97,6 +97,7 @@ fn options(dir: &Path, workers: usize) -> Option<Options> {
         data: dir.join("data"),
         tokenizer: None,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        recompute: false,
         redundancy: 2,
         stages: None,
         workers: workers as u32,

@@ -50,6 +50,8 @@ pub struct Options {
     /// Where to listen. Anyone who can connect can join the run and read its data's text, so a
     /// loopback address is the right default.
     pub listen: SocketAddr,
+    /// Whether layers are recomputed on the way back, for less memory.
+    pub recompute: bool,
     /// Owners per slice.
     pub redundancy: u32,
     /// Stages of every pipeline; as many as are best where none.
@@ -202,6 +204,7 @@ fn config(options: &Options) -> Config {
         batch: spec.batch,
         steps: spec.recipe.steps,
         numerics: spec.numerics.clone(),
+        recompute: options.recompute,
         redundancy: options.redundancy,
         stages: options.stages,
         workers: options.workers,
@@ -220,6 +223,7 @@ fn welcome(options: &Options) -> Result<Welcome, BadSetting> {
         worker: WorkerId(0),
         committed: Step(0),
         spec: options.spec.clone(),
+        recompute: options.recompute,
         redundancy: options.redundancy,
         timing: options.timing,
         checkpoint_every: options.checkpoint_every,

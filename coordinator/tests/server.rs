@@ -53,6 +53,7 @@ fn options(dir: &Path) -> Options {
         data: dir.join("data"),
         tokenizer: None,
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        recompute: true,
         redundancy: 2,
         stages: None,
         workers: 1,
@@ -233,7 +234,7 @@ async fn a_worker_joins_steps_and_is_seen_in_every_way() {
         (welcome.worker, welcome.timing, welcome.checkpoint_every),
         (WorkerId(1), Timing::from_millis(DETECT_MS), 50)
     );
-    assert_eq!(welcome.spec, options(dir.path()).spec);
+    assert_eq!((welcome.spec, welcome.recompute), (options(dir.path()).spec, true));
     let plan = worker.plan().await;
     for step in 1..=3 {
         worker.commit(plan.generation, step).await;

@@ -97,6 +97,8 @@ pub struct Costs {
     pub model: ModelShape,
     /// Its global batch.
     pub batch: BatchShape,
+    /// Whether layers are recomputed on the way back.
+    pub recompute: bool,
 }
 
 enum Job {
@@ -260,7 +262,8 @@ impl Actor {
     fn run<M: Machine>(&mut self, machine: &mut M, task: Task) -> Result<Option<Done>, Fault> {
         let (generation, flops) = match &task {
             Task::Place { units } => {
-                self.passes = cost::passes(&self.costs.model, &self.costs.batch, units.clone());
+                let Costs { model, batch, recompute } = &self.costs;
+                self.passes = cost::passes(model, batch, *recompute, units.clone());
                 return machine.run(task);
             }
             Task::Forward { generation, .. } => (*generation, self.passes.0),

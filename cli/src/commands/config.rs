@@ -48,6 +48,12 @@ fn print_settings(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
         line(out, "init", init.display().to_string(), "its weights are those of step 0")?;
     }
     line(out, "precision", s.precision.to_string(), "")?;
+    let again = if s.recompute {
+        "of each layer its input is kept, the rest computed again"
+    } else {
+        "activations are kept"
+    };
+    line(out, "recompute", s.recompute, again)?;
     match &s.kernels {
         Kernels::Auto => {
             let fastest = caravan_engine::fastest(s.precision);
@@ -191,7 +197,7 @@ fn print_derived(s: &Settings, out: &mut dyn Write) -> io::Result<()> {
     let slices = SliceTable::new(m);
     let largest = slices.iter().map(|(_, s)| s.len()).max().unwrap_or(0);
     row("slices", format!("{} of at most {} parameters", slices.len(), grouped(largest as u64)))?;
-    let memory = Memory::estimate(m, b, s.precision, c.workers, c.redundancy);
+    let memory = Memory::estimate(m, b, s.precision, s.recompute, c.workers, c.redundancy);
     row("memory of a worker", format!("about {}", bytes(memory.total())))?;
     row("", format!("weights {}, gradients {}", bytes(memory.weights), bytes(memory.gradients)))?;
     row("", format!("moments {}, activations {}", bytes(memory.moments), bytes(memory.activations)))?;
@@ -215,7 +221,7 @@ fn redundancies(s: &Settings) -> Vec<String> {
     let workers = s.cluster.workers;
     let mut counts: Vec<u32> = [1, 2, 3, workers].into_iter().filter(|r| *r <= workers).collect();
     let text = |r: u32| {
-        let memory = Memory::estimate(&s.model, &s.batch, s.precision, workers, r).total();
+        let memory = Memory::estimate(&s.model, &s.batch, s.precision, s.recompute, workers, r).total();
         let survives = match r {
             1 => "one death goes back to the last checkpoint".to_owned(),
             2 => "any worker may die".to_owned(),
@@ -259,6 +265,7 @@ mod tests {
                 "cluster.stragglers=rebalance",
                 "recipe.learning_rate=0.30000000000000004",
                 "recipe.non_finite=skip",
+                "recompute=true",
             ],
             &["model.rope_theta=500000", "model.rope_scaling={type=\"llama3\",factor=32}"],
             &["model.rope_scaling={type=\"linear\",factor=2.5}"],

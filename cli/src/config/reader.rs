@@ -174,6 +174,11 @@ impl Reader {
         self.within(key, value, &range)
     }
 
+    /// Yes or no.
+    pub fn boolean(&mut self, key: &'static str) -> Option<bool> {
+        self.take(key, "true or false", Value::as_bool)
+    }
+
     /// A text.
     pub fn text(&mut self, key: &'static str) -> Option<String> {
         self.parsed(key, "a text in quotes", |t| Some(t.to_owned()))

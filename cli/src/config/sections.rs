@@ -40,6 +40,7 @@ pub fn read(r: &mut Reader, file: &Path) -> Option<Settings> {
         "mixed" => Some(Precision::Mixed),
         _ => None,
     });
+    let recompute = r.boolean("recompute");
     let kernels = kernels(r);
     let length = r.integer32("batch.sequence_length", 1..=MOST_TOKENS);
     let init = r.text("init").map(|dir| r.base("init", file).join(dir));
@@ -68,6 +69,7 @@ pub fn read(r: &mut Reader, file: &Path) -> Option<Settings> {
         batch,
         recipe: recipe?,
         precision: precision.unwrap_or(Precision::Fp32),
+        recompute: recompute.unwrap_or(false),
         kernels: kernels.unwrap_or(Kernels::Auto),
         data: Request { vocab_size: model.vocab, ..data },
         init,

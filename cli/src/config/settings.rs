@@ -27,6 +27,8 @@ pub struct Settings {
     pub recipe: Recipe,
     /// Number formats.
     pub precision: Precision,
+    /// Whether layers are recomputed on the way back, for less memory; decides no bits.
+    pub recompute: bool,
     /// The instruction family.
     pub kernels: Kernels,
     /// What to train on.

@@ -2,7 +2,7 @@
 
 use super::problem::Fault;
 use super::{ConfigError, Kernels, Override, Settings, parse};
-use caravan_types::{ModelShape, Recipe, Timing};
+use caravan_types::{DataSpec, Digest, Initial, ModelShape, Recipe, Timing};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ fn few_settings_are_enough_and_the_rest_is_the_papers() {
     assert_eq!((s.batch.lanes, s.batch.micro_batches, s.batch.sequences), (4, 1, 1));
     assert_eq!(s.data.paths, [PathBuf::from("dir/texts")]);
     assert_eq!((s.cluster.workers, s.cluster.redundancy, s.cluster.timing), (2, 2, Timing::default()));
-    assert_eq!((s.kernels, s.notes), (Kernels::Auto, vec![]));
+    assert_eq!((s.recompute, s.kernels, s.notes), (false, Kernels::Auto, vec![]));
 }
 
 #[test]
@@ -105,6 +105,16 @@ fn a_value_with_a_line_break_sets_one_key_only() {
     let found = problems(GOOD, &["seed=1\n[recipe]\nsteps=3"]);
     assert_eq!(found.len(), 1, "{found:?}");
     assert!(found[0].starts_with("seed = "), "{found:?}");
+}
+
+#[test]
+fn recomputation_is_on_or_off_and_no_part_of_the_run_spec() {
+    assert!(problem("recompute=layers").contains("must be true or false"));
+    let data = DataSpec { digest: Digest::default(), tokens: 1 };
+    let [without, with] = ["recompute=false", "recompute=true"].map(|set| good(&[set]));
+    assert!(with.recompute && !without.recompute);
+    let spec = |s: &Settings| s.spec(Initial::Seed, data.clone(), "portable");
+    assert_eq!(spec(&with), spec(&without));
 }
 
 #[test]

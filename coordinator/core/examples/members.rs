@@ -50,6 +50,7 @@ impl Bench {
             shape,
             steps: u64::MAX,
             numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
+            recompute: false,
             redundancy: 2,
             stages: None,
             workers: members as u32,

@@ -61,8 +61,15 @@ fn measure(preset: &str, workers: u64, lanes: u32, mixed: bool) -> Result<(), No
     let table = SliceTable::new(&shape);
     let batch = BatchShape { lanes, micro_batches: 8, sequences: 1, sequence_length: shape.context };
     let link_bytes_per_s = 25.0 * LINK_BYTES_PER_S;
-    let demand =
-        Demand { shape, batch, precision: Precision::Fp32, redundancy: 2, stages: None, link_bytes_per_s };
+    let demand = Demand {
+        shape,
+        batch,
+        precision: Precision::Fp32,
+        recompute: false,
+        redundancy: 2,
+        stages: None,
+        link_bytes_per_s,
+    };
     let mut candidates: Vec<Candidate> = (0..workers).map(|id| worker(id, mixed)).collect();
     let start = Start { base: Step(0), verdict: None, origin: Source::Init };
     let clock = Instant::now();

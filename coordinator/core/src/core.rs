@@ -83,6 +83,7 @@ impl Core {
             shape: config.shape.clone(),
             batch: config.batch,
             precision: config.numerics.precision,
+            recompute: config.recompute,
             redundancy: config.redundancy,
             stages: config.stages,
             link_bytes_per_s: planner::LINK_BYTES_PER_S,

@@ -73,6 +73,8 @@ pub struct Config {
     pub steps: u64,
     /// The run's numerics class.
     pub numerics: NumericsClass,
+    /// Whether layers are recomputed on the way back, for less memory.
+    pub recompute: bool,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
     /// Stages of every pipeline; as many as are best where none.

@@ -22,6 +22,7 @@ fn demand() -> Demand {
         shape,
         batch,
         precision: Precision::Fp32,
+        recompute: false,
         redundancy: 2,
         stages: None,
         link_bytes_per_s: 25.0 * LINK_BYTES_PER_S,

@@ -18,6 +18,7 @@ fn config() -> Config {
         stages: None,
         steps: spec.recipe.steps,
         numerics: spec.numerics,
+        recompute: false,
         redundancy: 2,
         workers: 2,
         timing: Timing::from_millis(1000),

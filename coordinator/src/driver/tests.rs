@@ -62,6 +62,7 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
         batch: spec.batch,
         steps: spec.recipe.steps,
         numerics: spec.numerics.clone(),
+        recompute: false,
         redundancy: 2,
         stages: Some(1),
         workers,
@@ -73,6 +74,7 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
     let welcome = Welcome {
         worker: WorkerId(0),
         spec: spec.clone(),
+        recompute: false,
         redundancy: 2,
         timing: Timing::from_millis(200),
         checkpoint_every: 0,

@@ -32,28 +32,35 @@ pub fn logit_rows(logits: u64, vocab: u64) -> u64 {
 /// Memory of the passes over one micro-batch, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Activations {
-    /// What one layer keeps from its forward to its backward pass: its input, queries, keys
-    /// and values, what attention gives and its sums' logarithms, the residual stream in its
-    /// middle, gate and up.
+    /// What one layer keeps from its forward to its backward pass: its input and, where it is
+    /// not recomputed, queries, keys and values, what attention gives and its sums' logarithms,
+    /// the residual stream in its middle, gate and up.
     pub layer: u64,
-    /// What all layers share: gradients of those, two normed rows and a product.
+    /// The residual stream after the last layer, which is kept, too.
+    pub stream: u64,
+    /// What all layers share: gradients of those, two normed rows and a product and, where they
+    /// are recomputed, what one of them has besides its input.
     pub shared: u64,
     /// What the head takes: a chunk of logits, and its weights in two packed forms.
     pub head: u64,
 }
 
 impl Activations {
-    /// The activations of one micro-batch.
+    /// The activations of one micro-batch, with or without recomputation.
     #[must_use]
-    pub fn new(model: &ModelShape, batch: &BatchShape, precision: Precision) -> Self {
+    pub fn new(model: &ModelShape, batch: &BatchShape, precision: Precision, recompute: bool) -> Self {
         let each = precision.bytes();
         let tokens = u64::from(batch.sequences) * u64::from(batch.sequence_length);
         let [d, h, v, heads] = [model.dim, model.hidden, model.vocab, model.heads].map(u64::from);
         let rows = |logits: u64| tokens.min(logit_rows(logits, v));
         let qkv = d + 2 * u64::from(model.kv_heads) * u64::from(model.head_dim());
+        let input = FP32 * tokens * d;
+        let rest = FP32 * tokens * (d + heads) + each * tokens * (d + qkv + 2 * h);
+        let shared = FP32 * tokens * 2 * d + each * tokens * (3 * d + qkv + 3 * h);
         Self {
-            layer: FP32 * tokens * (2 * d + heads) + each * tokens * (d + qkv + 2 * h),
-            shared: FP32 * tokens * 3 * d + each * tokens * (3 * d + qkv + 3 * h),
+            layer: if recompute { input } else { input + rest },
+            stream: input,
+            shared: if recompute { shared + rest } else { shared },
             head: v * (FP32 * rows(LOGITS) + each * rows(LOGIT_GRADIENTS / each)) + each * 2 * d * v,
         }
     }
@@ -80,6 +87,7 @@ impl Memory {
         model: &ModelShape,
         batch: &BatchShape,
         precision: Precision,
+        recompute: bool,
         workers: u32,
         redundancy: u32,
     ) -> Self {
@@ -92,7 +100,7 @@ impl Memory {
             weights: precision.bytes() * parameters,
             gradients: FP32 * (parameters * sums + owned * u64::from(workers - 1)),
             moments: owned * if precision == Precision::Fp32 { STATE - FP32 } else { STATE },
-            activations: activations(model, batch, precision),
+            activations: activations(model, batch, precision, recompute),
         }
     }
 
@@ -104,9 +112,9 @@ impl Memory {
 }
 
 /// What the engine's passes over one micro-batch take in a worker that has the whole model.
-fn activations(model: &ModelShape, batch: &BatchShape, precision: Precision) -> u64 {
-    let part = Activations::new(model, batch, precision);
-    u64::from(model.layers) * part.layer + part.shared + part.head
+fn activations(model: &ModelShape, batch: &BatchShape, precision: Precision, recompute: bool) -> u64 {
+    let part = Activations::new(model, batch, precision, recompute);
+    u64::from(model.layers) * part.layer + part.stream + part.shared + part.head
 }
 
 /// Gradient sums that a worker of `lanes` lanes has at a time. Lanes are added up like a
@@ -119,28 +127,36 @@ pub fn gradient_sums(lanes: u32) -> u64 {
 
 /// Floating-point operations to train one unit on one token: a unit's part of
 /// [`ModelShape::train_flops_per_token`]. Looking up an embedding is free there; here it has
-/// its copy and its addition, 6 · dim, so that no unit costs nothing.
+/// its copy and its addition, 6 · dim, so that no unit costs nothing. To recompute a layer is its
+/// forward pass, a third of all, but for the product that only the next layer needs; the ends of
+/// the model keep what they need.
 #[must_use]
-pub fn unit_flops_per_token(model: &ModelShape, unit: UnitId, sequence_length: u32) -> f64 {
+pub fn unit_flops_per_token(model: &ModelShape, unit: UnitId, sequence_length: u32, recompute: bool) -> f64 {
     let d = f64::from(model.dim);
     let range = model.unit_range(unit);
     let parameters = (range.end - range.start) as f64;
     match unit.0 {
         0 => 6.0 * d,
-        u if u <= model.layers => 6.0 * parameters + 6.0 * f64::from(sequence_length) * d,
+        u if u <= model.layers => {
+            let flops = 6.0 * parameters + 6.0 * f64::from(sequence_length) * d;
+            let again = flops / 3.0 - 2.0 * f64::from(model.hidden) * d;
+            if recompute { flops + again } else { flops }
+        }
         _ => 6.0 * parameters,
     }
 }
 
 /// Floating-point operations of one micro-batch's forward and backward pass through units. Of the
 /// six for each parameter and token two are forward: backward has a product for the gradient of
-/// the input and one for that of the weights.
+/// the input and one for that of the weights. What is recomputed is part of backward.
 #[must_use]
-pub fn passes(model: &ModelShape, batch: &BatchShape, units: Range<u32>) -> (u64, u64) {
-    let unit = |u| unit_flops_per_token(model, UnitId(u), batch.sequence_length);
-    let flops = units.map(unit).sum::<f64>() * batch.tokens_per_micro_batch() as f64;
-    let forward = (flops / 3.0) as u64;
-    (forward, flops as u64 - forward)
+pub fn passes(model: &ModelShape, batch: &BatchShape, recompute: bool, units: Range<u32>) -> (u64, u64) {
+    let flops = |recompute| {
+        let unit = |u| unit_flops_per_token(model, UnitId(u), batch.sequence_length, recompute);
+        units.clone().map(unit).sum::<f64>() * batch.tokens_per_micro_batch() as f64
+    };
+    let forward = (flops(false) / 3.0) as u64;
+    (forward, flops(recompute) as u64 - forward)
 }
 
 #[cfg(test)]
@@ -150,7 +166,8 @@ mod tests {
     #[test]
     fn units_add_up_to_the_model() {
         let model = ModelShape::preset("7b").unwrap();
-        let units: f64 = (0..model.units()).map(|u| unit_flops_per_token(&model, UnitId(u), 4096)).sum();
+        let units: f64 =
+            (0..model.units()).map(|u| unit_flops_per_token(&model, UnitId(u), 4096, false)).sum();
         let whole = model.train_flops_per_token(4096) + 6.0 * f64::from(model.dim);
         assert!((units / whole - 1.0).abs() < 1e-12, "{units} and {whole}");
     }
@@ -159,13 +176,13 @@ mod tests {
     fn passes_of_all_stages_are_those_of_the_model() {
         let model = ModelShape::preset("15m").unwrap();
         let batch = BatchShape { lanes: 4, micro_batches: 2, sequences: 3, sequence_length: 64 };
-        let (forward, backward) = passes(&model, &batch, 0..model.units());
+        let (forward, backward) = passes(&model, &batch, false, 0..model.units());
         let tokens = batch.tokens_per_micro_batch() as f64;
         let whole = tokens * (model.train_flops_per_token(64) + 6.0 * f64::from(model.dim));
         assert!(
             ((forward + backward) as f64 / whole - 1.0).abs() < 1e-6 && backward.abs_diff(2 * forward) < 4
         );
-        let stages = [0..2, 2..model.units()].map(|units| passes(&model, &batch, units).0);
+        let stages = [0..2, 2..model.units()].map(|units| passes(&model, &batch, false, units).0);
         assert!((stages[0] + stages[1]).abs_diff(forward) < 4);
     }
 
@@ -173,16 +190,36 @@ mod tests {
     fn the_memory_of_70b_is_16_bytes_a_parameter_and_is_shared_out() {
         let model = ModelShape::preset("70b").unwrap();
         let batch = BatchShape { lanes: 8, micro_batches: 1, sequences: 1, sequence_length: 4096 };
-        let one = Memory::estimate(&model, &batch, Precision::Fp32, 1, 2);
+        let one = Memory::estimate(&model, &batch, Precision::Fp32, false, 1, 2);
         assert_eq!(one.moments + one.weights, 12 * model.parameters());
-        let single = Memory::estimate(&model, &BatchShape { lanes: 1, ..batch }, Precision::Fp32, 1, 1);
+        let single =
+            Memory::estimate(&model, &BatchShape { lanes: 1, ..batch }, Precision::Fp32, false, 1, 1);
         assert_eq!(single.weights + single.gradients + single.moments, 16 * model.parameters());
-        let four = Memory::estimate(&model, &batch, Precision::Fp32, 4, 2);
+        let four = Memory::estimate(&model, &batch, Precision::Fp32, false, 4, 2);
         assert_eq!(four.moments, one.moments / 2);
         assert_eq!(
-            Memory::estimate(&model, &batch, Precision::Fp32, 100, 2),
-            Memory::estimate(&model, &batch, Precision::Fp32, 8, 2)
+            Memory::estimate(&model, &batch, Precision::Fp32, false, 100, 2),
+            Memory::estimate(&model, &batch, Precision::Fp32, false, 8, 2)
         );
+    }
+
+    #[test]
+    fn recomputing_costs_less_than_a_third_more_and_keeps_inputs_only() {
+        let model = ModelShape::preset("7b").unwrap();
+        let batch = BatchShape { lanes: 1, micro_batches: 1, sequences: 1, sequence_length: 4096 };
+        let [(forward, backward), (same, longer)] =
+            [false, true].map(|recompute| passes(&model, &batch, recompute, 0..model.units()));
+        assert_eq!(forward, same);
+        let more = (longer - backward) as f64 / (forward + backward) as f64;
+        assert!((0.2..1.0 / 3.0).contains(&more), "{more}");
+        let ends = [0..1, model.units() - 1..model.units()];
+        assert!(ends.iter().all(
+            |end| passes(&model, &batch, true, end.clone()) == passes(&model, &batch, false, end.clone())
+        ));
+        let [kept, again] =
+            [false, true].map(|recompute| Activations::new(&model, &batch, Precision::Mixed, recompute));
+        assert_eq!(again.layer, 4 * 4096 * 4096);
+        assert_eq!(again.layer + again.shared, kept.layer + kept.shared);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
 /// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.
@@ -51,6 +51,8 @@ pub struct Welcome {
     pub worker: WorkerId,
     /// The run.
     pub spec: RunSpec,
+    /// Whether layers are recomputed on the way back; no bits depend on it.
+    pub recompute: bool,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
     /// The failure budget, and what follows from it.

@@ -129,17 +129,25 @@ pub(crate) fn hello() -> impl Strategy<Value = Hello> {
 pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
     (
         worker(),
-        run_spec(),
+        (run_spec(), any::<bool>()),
         (any::<u32>(), timing(), any::<u64>()),
         text(),
         (text(), option::of(text())),
         step(),
     )
         .prop_map(
-            |(worker, spec, (redundancy, timing, checkpoint_every), data, (checkpoints, init), committed)| {
+            |(
+                worker,
+                (spec, recompute),
+                (redundancy, timing, checkpoint_every),
+                data,
+                (checkpoints, init),
+                committed,
+            )| {
                 Welcome {
                     worker,
                     spec,
+                    recompute,
                     redundancy,
                     timing,
                     checkpoint_every,

@@ -164,6 +164,7 @@ impl Leader {
             batch: setting.batch,
             steps: setting.steps,
             numerics: NumericsClass { precision: Precision::Fp32, family: super::FAMILY.into() },
+            recompute: false,
             redundancy: setting.options.redundancy,
             stages: Some(setting.options.stages),
             workers: WORKERS as u32,

@@ -61,6 +61,7 @@ impl World<'_> {
             stages: self.options.stages,
             steps: self.options.steps,
             numerics: self.spec.numerics.clone(),
+            recompute: false,
             redundancy: self.options.redundancy,
             workers: self.options.workers,
             timing: Timing::from_millis(DETECT_MS),

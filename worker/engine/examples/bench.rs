@@ -1,11 +1,15 @@
 //! Tokens per second of whole training steps: compute, reduce, apply, on one device.
 //!
-//! usage: bench PRESET [--precision fp32|mixed] [--batch SEQUENCES] [--length TOKENS] [--threads N]
-//!              [--steps N] [--family NAME]
+//! usage: bench PRESET [--precision fp32|mixed] [--recompute] [--batch SEQUENCES] [--length TOKENS]
+//!              [--threads N] [--steps N] [--family NAME]
+//!
+//! Memory is the most that the process had so far, where the system tells, next to what was
+//! predicted of it. FLOPs are those of the model: what is recomputed is not counted.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use caravan_engine::{Batches, Checkpoints, Executor, Watch};
+use caravan_types::cost::Memory;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
     BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass, Part,
@@ -96,6 +100,38 @@ fn spec(model: &ModelShape, precision: Precision, family: &str, [sequences, leng
     }
 }
 
+/// One step: its loss, and the seconds that computing, reducing and applying took.
+fn train(
+    engine: &mut Executor<Random, Nowhere>,
+    step: Step,
+    slices: &SliceSet,
+) -> Result<(f64, [f64; 3]), Box<dyn Error>> {
+    let start = Instant::now();
+    engine.run(Task::Forward { generation: ONE, step, micro: MICRO })?;
+    let done = engine.run(Task::Backward { generation: ONE, step, micro: MICRO })?;
+    let loss = if let Some(Done::Lane { result, .. }) = done { result.loss } else { f64::NAN };
+    let computed = start.elapsed();
+    let mut norm = 0.0;
+    for slice in slices.iter() {
+        let done = engine.run(Task::Reduce { generation: ONE, step, slice })?;
+        if let Some(Done::Reduced { norms, .. }) = done {
+            norm += norms.iter().sum::<f64>();
+        }
+    }
+    let reduced = start.elapsed();
+    let verdict = Verdict::Update { norm: norm.sqrt() };
+    engine.run(Task::Apply { step, verdict, slices: slices.clone() })?;
+    let total = start.elapsed();
+    Ok((loss, [computed, reduced - computed, total - reduced].map(|d| d.as_secs_f64())))
+}
+
+/// Bytes of this process in memory, at most so far, where Linux tells.
+fn most_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let (preset, model) = preset()?;
     let number = |name: &str, default: usize| option(name).map_or(Ok(default), |v| v.parse());
@@ -106,7 +142,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let family = option("--family").unwrap_or_else(|| caravan_engine::fastest(precision).name().into());
     let spec = spec(&model, precision, &family, [sequences, length]);
     let source = Random { sequences, length, vocab: model.vocab };
-    let mut engine = Executor::new(&spec, threads, Arc::<Watch>::default(), source, Nowhere)?;
+    let recompute = std::env::args().any(|a| a == "--recompute");
+    let engine = Executor::new(&spec, threads, Arc::<Watch>::default(), source, Nowhere)?;
+    let mut engine = engine.with_recompute(recompute);
     let slices = SliceSet::all(SliceTable::new(&model).len());
     let start = Instant::now();
     engine.run(Task::Place { units: 0..model.units() })?;
@@ -115,46 +153,32 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut times = Vec::new();
     let (mut loss, mut parts) = (0.0, [0.0; 3]);
     for step in (1..=steps + 2).map(Step) {
-        let start = Instant::now();
-        engine.run(Task::Forward { generation: ONE, step, micro: MICRO })?;
-        if let Some(Done::Lane { result, .. }) =
-            engine.run(Task::Backward { generation: ONE, step, micro: MICRO })?
-        {
-            loss = result.loss;
-        }
-        let computed = start.elapsed();
-        let mut norm = 0.0;
-        for slice in slices.iter() {
-            let done = engine.run(Task::Reduce { generation: ONE, step, slice })?;
-            if let Some(Done::Reduced { norms, .. }) = done {
-                norm += norms.iter().sum::<f64>();
-            }
-        }
-        let reduced = start.elapsed();
-        let verdict = Verdict::Update { norm: norm.sqrt() };
-        engine.run(Task::Apply { step, verdict, slices: slices.clone() })?;
-        let total = start.elapsed();
+        (loss, parts) = train(&mut engine, step, &slices)?;
         if step.0 > 2 {
-            times.push(total.as_secs_f64());
-            parts = [computed, reduced - computed, total - reduced].map(|d| d.as_secs_f64() * 1e3);
+            times.push(parts.iter().sum());
         }
     }
+    let memory = Memory::estimate(&model, &spec.batch, precision, recompute, 1, 1);
     let peak = caravan_engine::peak(&spec.numerics).unwrap_or(f64::NAN) * threads as f64;
     times.sort_by(f64::total_cmp);
     let (median, tokens) = (times[times.len() / 2], (sequences * length) as f64);
     let flops = model.train_flops_per_token(length as u32) * tokens;
     println!(
         "caravan {preset} {precision}/{family} threads={threads} batch={sequences}x{length} params={:.1}M loss={loss:.4} \
-         step={:.0}ms tok/s={:.0} GFLOP/s={:.0}, {:.0} % of the tiles' peak (compute {:.0} reduce {:.0} apply {:.0} ms; init {:.0} ms)",
+         step={:.0}ms tok/s={:.0} GFLOP/s={:.0}, {:.0} % of the tiles' peak (compute {:.0} reduce {:.0} apply {:.0} ms; init {:.0} ms) \
+         recompute={recompute} memory={} MB, {:.0} predicted, of which activations {:.0}",
         model.parameters() as f64 / 1e6,
         median * 1e3,
         tokens / median,
         flops / median / 1e9,
         100.0 * flops / median / peak,
-        parts[0],
-        parts[1],
-        parts[2],
+        parts[0] * 1e3,
+        parts[1] * 1e3,
+        parts[2] * 1e3,
         init.as_secs_f64() * 1e3,
+        most_memory().map_or("?".into(), |bytes| format!("{:.0}", bytes as f64 / 1e6)),
+        memory.total() as f64 / 1e6,
+        memory.activations as f64 / 1e6,
     );
     Ok(())
 }

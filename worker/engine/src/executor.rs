@@ -99,6 +99,17 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         }))
     }
 
+    /// The same with or without activation recomputation, before anything goes forward: with it,
+    /// a micro-batch keeps each layer's input only, and a layer is computed again on its way back,
+    /// to the same bits.
+    #[must_use]
+    pub fn with_recompute(self, recompute: bool) -> Self {
+        Self(match self.0 {
+            Precise::Fp32(typed) => Precise::Fp32(typed.with_recompute(recompute)),
+            Precise::Mixed(typed) => Precise::Mixed(typed.with_recompute(recompute)),
+        })
+    }
+
     /// Executes a task. None where there is nothing to say: the task was given up because of
     /// the fence, the answer comes from elsewhere, or it is of a kind that has no answer.
     ///
@@ -202,6 +213,10 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             stored: BTreeMap::new(),
             flaw: None,
         })
+    }
+
+    fn with_recompute(self, recompute: bool) -> Self {
+        Self { model: self.model.with_recompute(recompute), ..self }
     }
 
     fn run(&mut self, task: Task) -> Result<Option<Done>, EngineError> {

@@ -10,6 +10,10 @@
 //! values, the output of attention, and gate and up. Norms and the product of gate and up
 //! are computed again: that costs one pass over data which is read then anyway.
 //!
+//! With activation recomputation (Chen et al. 2016, arXiv 1604.06174, with a layer as the segment)
+//! only the input of each layer is kept. On the way back a layer goes forward once more, into
+//! memory that all layers share: by the same operations on the same values, so to the same bits.
+//!
 //! Weights, and whatever is a factor of a matrix product, are elements `E`; the residual stream,
 //! logits, gradients of weights and all sums are `E::Sum`.
 
@@ -17,6 +21,7 @@ use crate::EngineError;
 use crate::layout::Layout;
 use caravan_kernels::{Cpu, Element, Real, add, embedding, matmul, rope};
 use caravan_types::{MicroBatch, ModelShape};
+use std::mem;
 use std::ops::Range;
 
 mod head;
@@ -31,11 +36,9 @@ pub use score::Score;
 /// to stop there.
 pub type Stop<'a> = dyn Fn(u32) -> bool + Sync + 'a;
 
-/// What one layer keeps for its backward pass; a row per token.
+/// What one layer needs for its backward pass besides its input; a row per token.
 #[derive(Debug, Default)]
 struct Kept<E: Element> {
-    /// Input of the layer, [dim].
-    input: Vec<E::Sum>,
     /// Rotated queries and keys, and values.
     qkv: Vec<E>,
     /// Output of attention, [dim].
@@ -48,9 +51,22 @@ struct Kept<E: Element> {
     gate_up: Vec<E>,
 }
 
+impl<E: Element> Kept<E> {
+    /// Takes memory for `n` tokens.
+    fn reserve(&mut self, layout: &Layout, n: usize) {
+        grow(&mut self.qkv, n * layout.qkv());
+        grow(&mut self.attention, n * layout.dim);
+        grow(&mut self.lse, n * layout.heads);
+        grow(&mut self.middle, n * layout.dim);
+        grow(&mut self.gate_up, n * 2 * layout.hidden);
+    }
+}
+
 /// Working memory that layers share.
 #[derive(Debug, Default)]
 struct Memory<E: Element> {
+    /// Of the layer at hand, where flights keep nothing of it.
+    layer: Kept<E>,
     /// Normalised rows, [dim].
     normed: Vec<E>,
     /// The product of gate and up, and its gradient, [hidden].
@@ -79,8 +95,9 @@ struct Memory<E: Element> {
 #[derive(Debug, Default)]
 pub struct Flight<E: Element> {
     batch: MicroBatch,
-    /// One a layer of the stage, and the residual stream after the last one as the input of
-    /// one more.
+    /// The residual stream before each layer of the stage and after the last one, [dim].
+    streams: Vec<Vec<E::Sum>>,
+    /// One a layer of the stage; none where layers are recomputed.
     kept: Vec<Kept<E>>,
 }
 
@@ -100,6 +117,8 @@ pub struct Model<E: Element> {
     turns: rope::Table<E::Sum>,
     /// The stage.
     units: Range<usize>,
+    /// Whether layers are recomputed on the way back.
+    recompute: bool,
     /// Memory of flights that have landed.
     spare: Vec<Flight<E>>,
     memory: Memory<E>,
@@ -116,10 +135,19 @@ impl<E: Element> Model<E> {
             epsilon: E::Sum::from_f64(f64::from(shape.norm_eps)),
             turns: rope::Table::new(layout.context, &shape.rope_rates()),
             units: 0..layout.units(),
+            recompute: false,
             spare: Vec::new(),
             memory: Memory::default(),
             layout,
         })
+    }
+
+    /// The same with or without activation recomputation, which changes no bits.
+    #[must_use]
+    pub fn with_recompute(mut self, recompute: bool) -> Self {
+        self.spare.clear();
+        self.recompute = recompute;
+        self
     }
 
     /// Where tensors lie.
@@ -204,7 +232,7 @@ impl<E: Element> Model<E> {
         flight.batch = batch;
         self.reserve(cpu, &mut flight, n);
         Ok(cpu.install(|| {
-            let stream = &mut flight.kept[0].input[..n * dim];
+            let stream = &mut flight.streams[0][..n * dim];
             match input {
                 Some(input) => add::copy(cpu, stream, input),
                 None => embedding::forward(cpu, &flight.batch.tokens, weights[0], dim, stream),
@@ -213,7 +241,12 @@ impl<E: Element> Model<E> {
                 if stop(layer as u32 + 1) {
                     return None;
                 }
-                self.forward_layer(cpu, weights[layer + 1], &mut flight, i);
+                let Flight { batch, streams, kept } = &mut flight;
+                let (before, after) = streams.split_at_mut(i + 1);
+                let mut own = mem::take(&mut self.memory.layer);
+                let kept = kept.get_mut(i).unwrap_or(&mut own);
+                self.forward_layer(cpu, weights[layer + 1], batch, &before[i], kept, Some(&mut after[0]));
+                self.memory.layer = own;
             }
             Some(flight)
         }))
@@ -223,7 +256,7 @@ impl<E: Element> Model<E> {
     #[must_use]
     pub fn output<'a>(&self, flight: &'a Flight<E>) -> &'a [E::Sum] {
         let n = flight.batch.tokens.len() * self.layout.dim;
-        flight.kept.last().map_or(&[], |last| &last.input[..n])
+        flight.streams.last().map_or(&[], |last| &last[..n])
     }
 
     /// Takes a micro-batch back through the stage and adds to `gradient`, which is laid out as
@@ -272,8 +305,8 @@ impl<E: Element> Model<E> {
 
     /// The residual stream before the stage of the micro-batch that went back last.
     pub(crate) fn landed_input(&self, tokens: usize) -> &[E::Sum] {
-        let kept = self.spare.last().and_then(|flight| flight.kept.first());
-        kept.map_or(&[], |kept| &kept.input[..tokens * self.layout.dim])
+        let input = self.spare.last().and_then(|flight| flight.streams.first());
+        input.map_or(&[], |input| &input[..tokens * self.layout.dim])
     }
 
     /// Whether what another stage sent is there where it must be, and of the right size.
@@ -288,21 +321,17 @@ impl<E: Element> Model<E> {
 
     /// Takes memory for `n` tokens.
     fn reserve(&mut self, cpu: &Cpu, flight: &mut Flight<E>, n: usize) {
-        let Layout { dim, heads, hidden, vocab, .. } = self.layout;
+        let Layout { dim, hidden, vocab, .. } = self.layout;
         let qkv = self.layout.qkv();
-        let last = self.layers().len();
-        flight.kept.resize_with(last + 1, Kept::default);
-        for (i, kept) in flight.kept.iter_mut().enumerate() {
-            grow(&mut kept.input, n * dim);
-            if i < last {
-                grow(&mut kept.qkv, n * qkv);
-                grow(&mut kept.attention, n * dim);
-                grow(&mut kept.lse, n * heads);
-                grow(&mut kept.middle, n * dim);
-                grow(&mut kept.gate_up, n * 2 * hidden);
-            }
-        }
+        let layers = self.layers().len();
+        flight.streams.resize_with(layers + 1, Vec::new);
+        flight.streams.iter_mut().for_each(|stream| grow(stream, n * dim));
+        flight.kept.resize_with(if self.recompute { 0 } else { layers }, Kept::default);
+        flight.kept.iter_mut().for_each(|kept| kept.reserve(&self.layout, n));
         let m = &mut self.memory;
+        if self.recompute {
+            m.layer.reserve(&self.layout, n);
+        }
         grow(&mut m.normed, n * dim);
         grow(&mut m.product, n * hidden);
         grow(&mut m.dgate_up, n * 2 * hidden);
@@ -335,8 +364,18 @@ impl<E: Element> Model<E> {
                 return false;
             }
             let (w, g) = (weights[layer + 1], &mut *gradient[layer + 1]);
-            self.backward_mlp(cpu, w, g, &flight.kept[i], flight.batch.tokens.len());
-            self.backward_attention(cpu, w, g, &flight.kept[i], &flight.batch);
+            let input = &flight.streams[i];
+            let mut own = mem::take(&mut self.memory.layer);
+            let kept = match flight.kept.get(i) {
+                Some(kept) => kept,
+                None => {
+                    self.forward_layer(cpu, w, &flight.batch, input, &mut own, None);
+                    &own
+                }
+            };
+            self.backward_mlp(cpu, w, g, kept, flight.batch.tokens.len());
+            self.backward_attention(cpu, w, g, input, kept, &flight.batch);
+            self.memory.layer = own;
         }
         if self.is_first() {
             let dim = self.layout.dim;

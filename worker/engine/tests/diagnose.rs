@@ -172,27 +172,31 @@ fn a_stage_looks_at_what_it_was_sent_and_only_the_guilty_one_finds_something() {
         "model.layers.1.mlp.gate_proj.weight" | "model.layers.1.mlp.up_proj.weight" => weights.fill(1e4),
         _ => {}
     };
-    let mut stages = [engine(&run, 0..2, overflow), engine(&run, 2..units, overflow)];
-    let (generation, step) = (G, Step(1));
-    for lane in 0..8 {
-        for index in 0..2 {
-            let micro = MicroId { lane, index };
-            let [first, last] = &mut stages;
-            let (there, back) = (Key::Activation { step, micro }, Key::ActivationGradient { step, micro });
-            first.run(Task::Forward { generation, step, micro }).unwrap();
-            last.put(there, first.get(there).unwrap()).unwrap();
-            last.run(Task::Forward { generation, step, micro }).unwrap();
-            last.run(Task::Backward { generation, step, micro }).unwrap();
-            first.put(back, last.get(back).unwrap()).unwrap();
-            first.run(Task::Backward { generation, step, micro }).unwrap();
+    for recompute in [false, true] {
+        let stages = [engine(&run, 0..2, overflow), engine(&run, 2..units, overflow)];
+        let mut stages = stages.map(|stage| stage.with_recompute(recompute));
+        let (generation, step) = (G, Step(1));
+        for lane in 0..8 {
+            for index in 0..2 {
+                let micro = MicroId { lane, index };
+                let [first, last] = &mut stages;
+                let (there, back) =
+                    (Key::Activation { step, micro }, Key::ActivationGradient { step, micro });
+                first.run(Task::Forward { generation, step, micro }).unwrap();
+                last.put(there, first.get(there).unwrap()).unwrap();
+                last.run(Task::Forward { generation, step, micro }).unwrap();
+                last.run(Task::Backward { generation, step, micro }).unwrap();
+                first.put(back, last.get(back).unwrap()).unwrap();
+                first.run(Task::Backward { generation, step, micro }).unwrap();
+            }
         }
+        let [first, last] = &mut stages;
+        let found = diagnose(last, 0..8).unwrap();
+        assert_eq!(found.sample.unwrap().micro, MicroId { lane: 0, index: 0 });
+        let Tensor::Activation(Module::Layer(1, _)) = found.tensor else { panic!("{found}") };
+        // Its gradient sums are not finite either, but they came so.
+        assert_eq!(diagnose(first, 0..8), None);
     }
-    let [first, last] = &mut stages;
-    let found = diagnose(last, 0..8).unwrap();
-    assert_eq!(found.sample.unwrap().micro, MicroId { lane: 0, index: 0 });
-    let Tensor::Activation(Module::Layer(1, _)) = found.tensor else { panic!("{found}") };
-    // Its gradient sums are not finite either, but they came so.
-    assert_eq!(diagnose(first, 0..8), None);
 }
 
 #[test]

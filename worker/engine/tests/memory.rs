@@ -23,8 +23,9 @@ fn peak() -> u64 {
 }
 
 /// Two steps of a run.
-fn train(run: &RunSpec) {
-    let mut engine = Executor::new(run, 2, Arc::default(), Memory::of(run), NoCheckpoints).unwrap();
+fn train(run: &RunSpec, recompute: bool) {
+    let engine = Executor::new(run, 2, Arc::default(), Memory::of(run), NoCheckpoints).unwrap();
+    let mut engine = engine.with_recompute(recompute);
     let slices = SliceSet::all(SliceTable::new(&run.model).len());
     engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
     engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
@@ -51,7 +52,8 @@ fn a_worker_takes_what_was_predicted_within_a_tenth() {
     let shape = ModelShape { layers: 3, ..ModelShape::preset("15m").unwrap() };
     let two_lanes = BatchShape { lanes: 2, micro_batches: 2, sequences: 2, sequence_length: 128 };
     let long = BatchShape { lanes: 1, micro_batches: 1, sequences: 8, sequence_length: 256 };
-    let cases: Vec<_> = [two_lanes, long].map(|b| [(Precision::Fp32, b), (Precision::Mixed, b)]).concat();
+    let with = |precision| [(two_lanes, false), (long, false), (long, true)].map(|(b, r)| (precision, b, r));
+    let cases = [Precision::Fp32, Precision::Mixed].map(with).concat();
     let Ok(case) = std::env::var(CASE) else {
         // Each in a process of its own: what one run gives back would stay with the process.
         for case in 0..cases.len() {
@@ -62,17 +64,17 @@ fn a_worker_takes_what_was_predicted_within_a_tenth() {
         }
         return;
     };
-    let (precision, batch) = cases[case.parse::<usize>().unwrap()];
+    let (precision, batch, recompute) = cases[case.parse::<usize>().unwrap()];
     let mut run = spec(&shape, fastest(precision).name());
     run.numerics.precision = precision;
     run.batch = batch;
-    let predicted = cost::Memory::estimate(&shape, &batch, precision, 1, 1).total();
+    let predicted = cost::Memory::estimate(&shape, &batch, precision, recompute, 1, 1).total();
     let before = peak();
-    train(&run);
+    train(&run, recompute);
     let taken = peak() - before;
     let ratio = taken as f64 / predicted as f64;
     assert!(
         (0.9..1.1).contains(&ratio),
-        "{precision} {batch:?}: {taken} bytes, {predicted} predicted: {ratio:.3}"
+        "{precision} {batch:?}, recompute {recompute}: {taken} bytes, {predicted} predicted: {ratio:.3}"
     );
 }

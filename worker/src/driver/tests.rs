@@ -59,6 +59,7 @@ impl Run {
         Welcome {
             worker: WorkerId(worker),
             spec: self.spec.clone(),
+            recompute: false,
             redundancy: 2,
             timing: Timing::from_millis(self.detect_ms),
             checkpoint_every: 0,

@@ -87,14 +87,16 @@ impl Costs {
             let range = shape.unit_range(unit);
             range.end - range.start
         };
+        let flops =
+            |unit| tokens * unit_flops_per_token(shape, unit, batch.sequence_length, demand.recompute);
         Self {
             layers: shape.layers,
             lanes: batch.lanes,
             micro_batches: batch.micro_batches,
-            flops: kinds.map(|u| tokens * unit_flops_per_token(shape, u, batch.sequence_length)),
+            flops: kinds.map(flops),
             parameters: kinds.map(parameters),
             weight: demand.precision.bytes(),
-            activations: Activations::new(shape, batch, demand.precision),
+            activations: Activations::new(shape, batch, demand.precision, demand.recompute),
             border_s: 2.0 * tokens * f64::from(shape.dim) * FP32 as f64 / demand.link_bytes_per_s,
         }
     }
@@ -141,7 +143,7 @@ impl Costs {
     /// Bytes of a stage in a pipeline of `depth` stages and `lanes` lanes: weights, gradient
     /// sums, and the activations of as many micro-batches as there are stages.
     pub(super) fn stage_bytes(&self, role: Role, layers: u32, depth: u32, lanes: u32) -> u64 {
-        self.ends_bytes(role, lanes)
+        self.ends_bytes(role, depth, lanes)
             .saturating_add(self.layer_bytes(depth, lanes).saturating_mul(u64::from(layers)))
     }
 
@@ -155,11 +157,11 @@ impl Costs {
     }
 
     /// A stage's bytes without its layers.
-    fn ends_bytes(&self, role: Role, lanes: u32) -> u64 {
+    fn ends_bytes(&self, role: Role, depth: u32, lanes: u32) -> u64 {
         let each = self.parameter_bytes(lanes);
         let embedding = if role.has_embedding() { self.parameters[0] * each } else { 0 };
         let head = if role.has_head() { self.parameters[2] * each + self.activations.head } else { 0 };
-        embedding + head + self.activations.shared
+        embedding + head + self.activations.stream * u64::from(depth) + self.activations.shared
     }
 
     /// The most layers, if any will do, of a stage that takes no longer than `bound_s`.
@@ -174,7 +176,7 @@ impl Costs {
 
     /// The most layers, if any will do, of a stage that fits into `room` bytes.
     pub(super) fn layers_in_room(&self, role: Role, room: u64, depth: u32, lanes: u32) -> Option<u32> {
-        let left = room.checked_sub(self.ends_bytes(role, lanes))?;
+        let left = room.checked_sub(self.ends_bytes(role, depth, lanes))?;
         let layers = (left / self.layer_bytes(depth, lanes)).min(u64::from(self.layers)) as u32;
         Some(layers).filter(|layers| *layers >= role.fewest(self.layers))
     }

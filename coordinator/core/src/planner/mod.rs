@@ -74,6 +74,8 @@ pub struct Demand {
     pub batch: BatchShape,
     /// Number formats.
     pub precision: Precision,
+    /// Whether layers are recomputed on the way back.
+    pub recompute: bool,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
     /// Stages of every pipeline; as many as are best where none. Fewer only where there are

@@ -30,7 +30,7 @@ impl<E: Element> Model<E> {
     pub(super) fn final_norm(&mut self, cpu: &Cpu, w: &[E], flight: &Flight<E>, n: usize) {
         let gain = &w[self.layout.final_norm.clone()];
         let normed = &mut self.memory.normed[..n * self.layout.dim];
-        let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..normed.len()]);
+        let stream = flight.streams.last().map_or(&[][..], |last| &last[..normed.len()]);
         rmsnorm::forward(cpu, stream, gain, self.epsilon, normed);
     }
 
@@ -80,7 +80,7 @@ impl<E: Element> Model<E> {
         let gain = self.layout.final_norm.clone();
         let (dnormed, dstream) = (&m.dnormed[..n * dim], &mut m.dstream[..n * dim]);
         let rounded = &mut m.rounded[..n * dim];
-        let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..n * dim]);
+        let stream = flight.streams.last().map_or(&[][..], |last| &last[..n * dim]);
         add::zero(cpu, dstream);
         let dgain = &mut g[gain.clone()];
         rmsnorm::backward(cpu, dnormed, stream, &w[gain], self.epsilon, dstream, rounded, dgain);

@@ -1,6 +1,6 @@
 //! One layer, forward and back.
 
-use super::{Flight, Kept, Model};
+use super::{Kept, Model};
 use crate::layout::{Layer, Layout};
 use caravan_kernels::attention::{self, Inputs};
 use caravan_kernels::matmul::{self, Into};
@@ -15,22 +15,28 @@ impl<E: Element> Model<E> {
         attention::Shape { sequences, queries: length, keys: length, heads, kv_heads, head }
     }
 
-    /// One layer; `w` is its unit, `i` counts the stage's layers.
-    pub(super) fn forward_layer(&mut self, cpu: &Cpu, w: &[E], flight: &mut Flight<E>, i: usize) {
+    /// One layer, from the residual stream before it to what it needs for its way back and, where
+    /// there is a place for it, the stream after it. `w` is its unit.
+    pub(super) fn forward_layer(
+        &mut self,
+        cpu: &Cpu,
+        w: &[E],
+        batch: &MicroBatch,
+        input: &[E::Sum],
+        kept: &mut Kept<E>,
+        next: Option<&mut [E::Sum]>,
+    ) {
         let Layout { dim, hidden, .. } = self.layout;
-        let batch = &flight.batch;
         let (n, width) = (batch.tokens.len(), self.layout.qkv());
         let shape = self.attention_shape(batch);
         let Layer { attention_norm, qkv: w_qkv, output, mlp_norm, gate_up: w_gate_up, down } =
             self.layout.layer.clone();
-        let (kept, rest) = flight.kept.split_at_mut(i + 1);
-        let Kept { input, qkv, attention, lse, middle, gate_up } = &mut kept[i];
+        let Kept { qkv, attention, lse, middle, gate_up } = kept;
         let (input, qkv) = (&input[..n * dim], &mut qkv[..n * width]);
         let (attention, lse) = (&mut attention[..n * dim], &mut lse[..n * shape.heads]);
         let (middle, gate_up) = (&mut middle[..n * dim], &mut gate_up[..n * 2 * hidden]);
         let normed = &mut self.memory.normed[..n * dim];
         let activated = &mut self.memory.product[..n * hidden];
-        let next = &mut rest[0].input[..n * dim];
 
         rmsnorm::forward(cpu, input, &w[attention_norm], self.epsilon, normed);
         product(cpu, normed, dim, &w[w_qkv], qkv, Into::Set);
@@ -43,6 +49,8 @@ impl<E: Element> Model<E> {
 
         rmsnorm::forward(cpu, middle, &w[mlp_norm], self.epsilon, normed);
         product(cpu, normed, dim, &w[w_gate_up], gate_up, Into::Set);
+        let Some(next) = next else { return };
+        let next = &mut next[..n * dim];
         swiglu::forward(cpu, gate_up, hidden, activated);
         add::copy(cpu, next, middle);
         product(cpu, activated, hidden, &w[down], next, Into::Add);
@@ -74,6 +82,7 @@ impl<E: Element> Model<E> {
         cpu: &Cpu,
         w: &[E],
         g: &mut [E::Sum],
+        input: &[E::Sum],
         kept: &Kept<E>,
         batch: &MicroBatch,
     ) {
@@ -85,7 +94,7 @@ impl<E: Element> Model<E> {
         let (normed, dnormed) = (&mut m.normed[..n * dim], &mut m.dnormed[..n * dim]);
         let (dqkv, dattention) = (&mut m.dqkv[..n * width], &mut m.dattention[..n * dim]);
         let (dstream, rounded) = (&mut m.dstream[..n * dim], &mut m.rounded[..n * dim]);
-        let (input, qkv) = (&kept.input[..n * dim], &kept.qkv[..n * width]);
+        let (input, qkv) = (&input[..n * dim], &kept.qkv[..n * width]);
         let (out, lse) = (&kept.attention[..n * dim], &kept.lse[..n * shape.heads]);
         let gain = layer.attention_norm.clone();
 

@@ -9,9 +9,10 @@
 //! a row is one that the first row has, too. So a text's scores have the same bits alone and
 //! among any others.
 
-use super::{Flight, Kept, Model, check, grow, logit_rows};
+use super::{Flight, Model, check, grow, logit_rows};
 use caravan_kernels::{Cpu, Element, View, ViewMut, embedding, log_prob, matmul};
 use caravan_types::MicroBatch;
+use std::mem;
 
 /// Tokens that go through the layers together, or one text where it is longer: so many that
 /// packing the weights for each product is nothing beside the product, which uses each packed
@@ -56,14 +57,17 @@ impl<E: Element> Model<E> {
         flight.batch = batch;
         self.reserve_forward(&mut flight);
         let (n, dim) = (flight.batch.tokens.len(), self.layout.dim);
-        embedding::forward(cpu, &flight.batch.tokens, weights[0], dim, &mut flight.kept[0].input[..n * dim]);
+        embedding::forward(cpu, &flight.batch.tokens, weights[0], dim, &mut flight.streams[0][..n * dim]);
+        let mut kept = mem::take(&mut self.memory.layer);
         for layer in 0..self.layout.layers {
+            let Flight { batch, streams, .. } = &mut flight;
+            let (this, next) = streams.split_at_mut(1);
             if layer > 0 {
-                let (this, next) = flight.kept.split_at_mut(1);
-                std::mem::swap(&mut this[0].input, &mut next[0].input);
+                mem::swap(&mut this[0], &mut next[0]);
             }
-            self.forward_layer(cpu, weights[layer + 1], &mut flight, 0);
+            self.forward_layer(cpu, weights[layer + 1], batch, &this[0], &mut kept, Some(&mut next[0]));
         }
+        self.memory.layer = kept;
         let scores = self.score_head(cpu, weights[self.layout.layers + 1], &flight);
         self.spare.push(flight);
         scores
@@ -73,16 +77,9 @@ impl<E: Element> Model<E> {
     /// stream after it.
     fn reserve_forward(&mut self, flight: &mut Flight<E>) {
         let (n, layout) = (flight.batch.tokens.len(), &self.layout);
-        flight.kept.resize_with(2, Kept::default);
-        for kept in &mut flight.kept {
-            grow(&mut kept.input, n * layout.dim);
-        }
-        let kept = &mut flight.kept[0];
-        grow(&mut kept.qkv, n * layout.qkv());
-        grow(&mut kept.attention, n * layout.dim);
-        grow(&mut kept.lse, n * layout.heads);
-        grow(&mut kept.middle, n * layout.dim);
-        grow(&mut kept.gate_up, n * 2 * layout.hidden);
+        flight.streams.resize_with(2, Vec::new);
+        flight.streams.iter_mut().for_each(|stream| grow(stream, n * layout.dim));
+        self.memory.layer.reserve(layout, n);
         grow(&mut self.memory.normed, n * layout.dim);
         grow(&mut self.memory.product, n * layout.hidden);
     }

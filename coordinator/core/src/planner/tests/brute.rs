@@ -62,7 +62,9 @@ impl<'a> World<'a> {
                 u if u == self.units() - 1 => 6.0 * (d + d * f64::from(shape.vocab)),
                 u => {
                     let layer = self.parameters(&(u..u + 1)) as f64;
-                    6.0 * layer + 6.0 * f64::from(batch.sequence_length) * d
+                    let forward = 2.0 * layer + 2.0 * f64::from(batch.sequence_length) * d;
+                    let down = 2.0 * f64::from(shape.hidden) * d;
+                    3.0 * forward + if self.demand.recompute { forward - down } else { 0.0 }
                 }
             })
             .sum();
@@ -83,8 +85,11 @@ impl<'a> World<'a> {
         let qkv = d + 2 * u64::from(shape.kv_heads) * (d / heads);
         let layers = units.clone().filter(|u| *u > 0 && *u < self.units() - 1).count() as u64;
         let mut bytes = weights * (1 + sums) + self.share;
-        bytes += 4 * tokens * (3 * d + qkv + heads + 2 * h) * layers * depth;
-        bytes += 4 * tokens * (6 * d + qkv + 3 * h);
+        // All but the input of a layer: for each layer of each flight, or once.
+        let rest = 2 * d + qkv + heads + 2 * h;
+        let rests = if self.demand.recompute { 1 } else { layers * depth };
+        bytes += 4 * tokens * (d * (layers + 1) * depth + rest * rests);
+        bytes += 4 * tokens * (5 * d + qkv + 3 * h);
         if units.end == self.units() {
             let rows = |logits: u64| tokens.min((logits / v / 256).max(1) * 256);
             bytes += 4 * v * (rows(1 << 23) + rows(1 << 24) + 2 * d);

@@ -30,6 +30,7 @@ pub(super) fn demand(layers: u32, lanes: u32, micro_batches: u32) -> Demand {
         shape: shape(layers),
         batch: BatchShape { lanes, micro_batches, sequences: 2, sequence_length: 8 },
         precision: Precision::Fp32,
+        recompute: false,
         redundancy: 2,
         stages: None,
         link_bytes_per_s: 1e9,
@@ -105,13 +106,13 @@ pub(super) fn demands(
     layers: std::ops::Range<u32>,
     log_lanes: std::ops::Range<u32>,
 ) -> impl Strategy<Value = Demand> {
-    (layers, log_lanes, 1u32..4, prop_oneof![Just(1e12), Just(1e7), 1e5..1e8f64], 1u32..4).prop_map(
-        |(layers, log_lanes, micro_batches, link_bytes_per_s, redundancy)| Demand {
+    (layers, log_lanes, 1u32..4, prop_oneof![Just(1e12), Just(1e7), 1e5..1e8f64], (1u32..4, any::<bool>()))
+        .prop_map(|(layers, log_lanes, micro_batches, link_bytes_per_s, (redundancy, recompute))| Demand {
             link_bytes_per_s,
             redundancy,
+            recompute,
             ..demand(layers, 1 << log_lanes, micro_batches)
-        },
-    )
+        })
 }
 
 /// Fails unless the plan is the best there is.

@@ -164,7 +164,7 @@ fn pipelines_of_different_depth_stand_side_by_side() {
 fn small_memories_force_depth() {
     let demand = demand(6, 4, 2);
     // Half of the state and a bit: less than the weights, sums and activations of everything.
-    let small = demand.shape.parameters() * 17;
+    let small = demand.shape.parameters() * 18;
     let plan = planned(&demand, &(1..=4).map(|id| candidate(id, 1e6, small)).collect::<Vec<_>>()).unwrap();
     assert!(plan.pipelines.iter().all(|p| p.stages.len() > 1), "{:?}", plan.pipelines);
     let mixed = [candidate(1, 1e6, 0), candidate(2, 1e6, small), candidate(3, 1e6, small)];
