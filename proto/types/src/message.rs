@@ -3,7 +3,7 @@
 use crate::progress::{EngineProgress, Wait};
 use crate::task::SavedPart;
 use crate::{
-    Dispute, Generation, NonFinite, Plan, RunSpec, SliceId, SliceSet, SliceSum, Step, Timing, Verdict,
+    Dispute, Generation, NonFinite, Peak, Plan, RunSpec, SliceId, SliceSet, SliceSum, Step, Timing, Verdict,
     WorkerId,
 };
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
 /// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.
@@ -136,6 +136,8 @@ pub enum FromWorker {
         /// How far its engine is.
         engine: EngineProgress,
     },
+    /// What it could compute at most: the first that it says after each [`Welcome`].
+    Peak(Peak),
     /// The answer to [`ToWorker::Stop`], and a promise: nothing more is done in an older
     /// generation.
     Report(Report),
