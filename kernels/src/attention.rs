@@ -11,7 +11,7 @@
 #![allow(unsafe_code)]
 
 use crate::add::narrow_chunk;
-use crate::matmul::{Into, packed_in, packed_len, product_serial};
+use crate::matmul::{Into, packed_in, packed_len, product_rows};
 use crate::target::Target;
 use crate::{Cpu, Element, Family, Real, View, ViewMut, reduce, scratch};
 use std::ops::Range;
@@ -205,7 +205,7 @@ impl Head<'_> {
                     let (scores, p, result) =
                         (&mut scores[..n * keys], &mut p[..n * keys], &mut result[..n * d]);
                     let q = block.view(shape, inputs.q, inputs.q_stride);
-                    product_serial(family, q, &k, ViewMut::rows_of(scores, keys), Into::Set);
+                    product_rows(family, q, &k, ViewMut::rows_of(scores, keys), Into::Set);
                     for (i, row) in block.rows.clone().enumerate() {
                         let seen = inputs.document_start[row] as usize..block.position + i + 1;
                         let (scores, p) = (&mut scores[i * keys..][..keys], &mut p[i * keys..][..keys]);
@@ -213,13 +213,7 @@ impl Head<'_> {
                         // SAFETY: the caller's promise.
                         unsafe { *lse.at(row * shape.heads + block.head) = sum };
                     }
-                    product_serial(
-                        family,
-                        View::rows_of(p, keys),
-                        &v,
-                        ViewMut::rows_of(result, d),
-                        Into::Set,
-                    );
+                    product_rows(family, View::rows_of(p, keys), &v, ViewMut::rows_of(result, d), Into::Set);
                     for (row, result) in block.rows.clone().zip(result.chunks_exact(d)) {
                         // SAFETY: the caller's promise.
                         unsafe { out.part(row * width + block.head * d, d) }.copy_from_slice(result);
@@ -267,8 +261,8 @@ impl Head<'_> {
                     let (scores, dscores) = (&mut scores[..n * keys], &mut dscores[..n * keys]);
                     let q = block.view(shape, inputs.q, inputs.q_stride);
                     let do_ = block.view(shape, dout, width);
-                    product_serial(family, q, &kt, ViewMut::rows_of(scores, keys), Into::Set);
-                    product_serial(family, do_, &vt, ViewMut::rows_of(dscores, keys), Into::Set);
+                    product_rows(family, q, &kt, ViewMut::rows_of(scores, keys), Into::Set);
+                    product_rows(family, do_, &vt, ViewMut::rows_of(dscores, keys), Into::Set);
                     for (i, row) in block.rows.clone().enumerate() {
                         let seen = inputs.document_start[row] as usize..block.position + i + 1;
                         let at = row * width + block.head * d;
@@ -279,7 +273,7 @@ impl Head<'_> {
                         let lse = lse[row * shape.heads + block.head];
                         softmax_gradient(family, scores, to, seen, shape.scale(), lse, delta);
                     }
-                    product_serial(family, View::rows_of(ds, keys), &k, ViewMut::rows_of(dq, d), Into::Set);
+                    product_rows(family, View::rows_of(ds, keys), &k, ViewMut::rows_of(dq, d), Into::Set);
                     for (row, dq) in block.rows.clone().zip(dq.chunks_exact(d)) {
                         // SAFETY: the caller's promise.
                         unsafe { dqkv.part(row * stride + block.head * d, d) }.copy_from_slice(dq);
@@ -287,11 +281,11 @@ impl Head<'_> {
                     let mut rest = &mut *memory;
                     let rows = packed_in(family, do_, &mut rest);
                     let sum = ViewMut::rows_of(&mut dv[..keys * d], d);
-                    product_serial(family, View::rows_of(p, keys).t(), &rows, sum, Into::Add);
+                    product_rows(family, View::rows_of(p, keys).t(), &rows, sum, Into::Add);
                     let mut rest = &mut *memory;
                     let rows = packed_in(family, q, &mut rest);
                     let sum = ViewMut::rows_of(&mut dk[..keys * d], d);
-                    product_serial(family, View::rows_of(ds, keys).t(), &rows, sum, Into::Add);
+                    product_rows(family, View::rows_of(ds, keys).t(), &rows, sum, Into::Add);
                 }
                 for (i, (dk, dv)) in dk.chunks_exact(d).zip(dv.chunks_exact(d)).enumerate() {
                     let at = (self.sequence * t + i) * stride + width + self.kv_head * d;

@@ -1,6 +1,6 @@
 //! The device: a pool of threads and an instruction family.
 
-use crate::Family;
+use crate::{Family, matmul, rmsnorm};
 use rayon::prelude::*;
 
 /// Why there is no [`Cpu`].
@@ -59,6 +59,14 @@ impl Cpu {
     /// `f` of each item, in the items' order, computed by all threads.
     pub fn map<T: Sync, U: Send>(&self, items: &[T], f: impl Fn(&T) -> U + Send + Sync) -> Vec<U> {
         self.install(|| items.par_iter().map(f).collect())
+    }
+
+    /// Rows that a task takes which does several operations one after the other on its rows, of `rows`
+    /// that there are: as many as stay in the second-level cache, and where tasks are few, as many for
+    /// each thread. A multiple of [`rmsnorm::ROWS`](crate::rmsnorm::ROWS).
+    #[must_use]
+    pub fn rows_per_task(&self, rows: usize) -> usize {
+        matmul::task_rows(rows, 1, rmsnorm::ROWS, self.threads())
     }
 
     /// Runs `f(0..tasks)` in any order, each task once.

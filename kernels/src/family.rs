@@ -13,6 +13,9 @@ pub struct Family(pub(crate) Kind);
 /// What a [`Family`] is; private, so that nobody makes one without looking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
+    /// With tiles of bf16, beside AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// With products of bf16 pairs.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
@@ -20,6 +23,9 @@ pub(crate) enum Kind {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// What AMX computes, on AVX-512's vectors.
+    #[cfg(target_arch = "x86_64")]
+    AmxOnVectors,
     Portable,
 }
 
@@ -27,7 +33,7 @@ impl Family {
     /// The family that runs anywhere: no fused multiply-add.
     pub const PORTABLE: Self = Self(Kind::Portable);
 
-    /// The families that this machine can run, the fastest first.
+    /// The families that this machine can run, the fastest for [`Bf16`](crate::Bf16) first.
     #[must_use]
     pub fn available() -> Vec<Self> {
         let mut found = Vec::new();
@@ -38,6 +44,10 @@ impl Family {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512bw");
+            let amx = avx2 && avx512 && crate::matmul::has_amx();
+            if amx {
+                found.push(Self(Kind::Amx));
+            }
             if avx2 && avx512 && is_x86_feature_detected!("avx512bf16") {
                 found.push(Self(Kind::Avx512Bf16));
             }
@@ -46,6 +56,10 @@ impl Family {
             }
             if avx2 {
                 found.push(Self(Kind::Avx2));
+            }
+            // Slow, and there for who wants the bits of a machine that has the tiles.
+            if avx2 && avx512 && !amx {
+                found.push(Self(Kind::AmxOnVectors));
             }
         }
         found.push(Self::PORTABLE);
@@ -64,7 +78,7 @@ impl Family {
     pub fn best() -> Self {
         match Self::best_for_bf16().0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512Bf16 => Self(Kind::Avx512),
+            Kind::Amx | Kind::Avx512Bf16 => Self(Kind::Avx512),
             other => Self(other),
         }
     }
@@ -79,6 +93,8 @@ impl Family {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx | Kind::AmxOnVectors => "amx-bf16",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Bf16 => "avx512-bf16",
             #[cfg(target_arch = "x86_64")]
@@ -134,7 +150,10 @@ macro_rules! kernel {
             match family.0 {
                 // SAFETY: a Family of this kind exists only where its features were detected.
                 #[cfg(target_arch = "x86_64")]
-                $crate::family::Kind::Avx512Bf16 | $crate::family::Kind::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::family::Kind::Amx
+                | $crate::family::Kind::AmxOnVectors
+                | $crate::family::Kind::Avx512Bf16
+                | $crate::family::Kind::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::family::Kind::Avx2 => unsafe { avx2($($arg),*) },

@@ -2,7 +2,7 @@
 //! to do. No product can be faster, so it is what utilisation is measured against, instead of a data
 //! sheet.
 
-use crate::matmul::{Into, Packed, View, ViewMut, pack_serial, packed_len, product_serial};
+use crate::matmul::{Into, Packed, View, ViewMut, pack_serial, packed_len, product_rows};
 use crate::{Element, Family, Real};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,7 +48,7 @@ fn fastest<E: Element>(family: Family, until: Instant) -> f64 {
     let mut c = vec![E::Sum::ZERO; rows * cols];
     let mut burst = || {
         let start = Instant::now();
-        product_serial(family, View::rows_of(&a, DEPTH), &b, ViewMut::rows_of(&mut c, cols), Into::Set);
+        product_rows(family, View::rows_of(&a, DEPTH), &b, ViewMut::rows_of(&mut c, cols), Into::Set);
         start.elapsed().as_secs_f64()
     };
     let mut round = || {

@@ -1,7 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864), Hugging Face's layout: element i of a head
 //! is turned together with element i + half, not with its neighbour.
 
-use crate::{Cpu, Element, Real};
+use crate::{Cpu, Element, Family, Real};
 use rayon::prelude::*;
 
 /// Rows per task.
@@ -60,18 +60,32 @@ pub fn rope<E: Element>(
     table: &Table<E::Sum>,
     turn: Turn,
 ) {
-    assert!(turned <= width && turned.is_multiple_of(2 * table.half) && rows.len().is_multiple_of(width));
-    assert!(first + length.min(rows.len() / width) <= table.positions());
-    let (family, backward) = (cpu.family(), turn == Turn::Backward);
     cpu.install(|| {
         rows.par_chunks_mut(ROWS * width).enumerate().for_each(|(chunk, rows)| {
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let position = first + (chunk * ROWS + i) % length;
-                let turns = &table.turns[position * 2 * table.half..][..2 * table.half];
-                turn_row(family, &mut row[..turned], turns, backward);
-            }
+            rope_rows(cpu.family(), rows, chunk * ROWS, (width, turned), (first, length), table, turn);
         });
     });
+}
+
+/// As [`rope`] for the rows from `row` on, on this thread alone.
+///
+/// # Panics
+/// Where the table is too short or sizes do not fit.
+pub fn rope_rows<E: Element>(
+    family: Family,
+    rows: &mut [E],
+    row: usize,
+    (width, turned): (usize, usize),
+    (first, length): (usize, usize),
+    table: &Table<E::Sum>,
+    turn: Turn,
+) {
+    assert!(turned <= width && turned.is_multiple_of(2 * table.half) && rows.len().is_multiple_of(width));
+    for (i, values) in rows.chunks_exact_mut(width).enumerate() {
+        let position = first + (row + i) % length;
+        let turns = &table.turns[position * 2 * table.half..][..2 * table.half];
+        turn_row(family, &mut values[..turned], turns, turn == Turn::Backward);
+    }
 }
 
 kernel! {

@@ -1,6 +1,6 @@
 //! SwiGLU (arXiv 2002.05202): a = silu(gate) · up, with gate and up side by side in a row.
 
-use crate::{Cpu, Element, Real};
+use crate::{Cpu, Element, Family, Real};
 use rayon::prelude::*;
 
 /// Rows per task.
@@ -16,11 +16,20 @@ pub fn forward<E: Element>(cpu: &Cpu, gate_up: &[E], hidden: usize, out: &mut [E
     cpu.install(|| {
         let rows = gate_up.par_chunks(ROWS * 2 * hidden);
         out.par_chunks_mut(ROWS * hidden).zip(rows).for_each(|(out, rows)| {
-            for (out, row) in out.chunks_exact_mut(hidden).zip(rows.chunks_exact(2 * hidden)) {
-                forward_row(family, row, out);
-            }
+            forward_rows(family, rows, hidden, out);
         });
     });
+}
+
+/// As [`forward`], on this thread alone.
+///
+/// # Panics
+/// Where lengths do not fit.
+pub fn forward_rows<E: Element>(family: Family, gate_up: &[E], hidden: usize, out: &mut [E]) {
+    assert_eq!(gate_up.len(), 2 * out.len());
+    for (out, row) in out.chunks_exact_mut(hidden).zip(gate_up.chunks_exact(2 * hidden)) {
+        forward_row(family, row, out);
+    }
 }
 
 /// Takes `dout` (∂/∂out) and turns it into out itself, which the next gradient needs and
@@ -34,12 +43,27 @@ pub fn backward<E: Element>(cpu: &Cpu, dout: &mut [E], gate_up: &[E], hidden: us
     cpu.install(|| {
         let rows = gate_up.par_chunks(ROWS * wide).zip(dgate_up.par_chunks_mut(ROWS * wide));
         dout.par_chunks_mut(ROWS * hidden).zip(rows).for_each(|(dout, (rows, drows))| {
-            let rows = rows.chunks_exact(wide).zip(drows.chunks_exact_mut(wide));
-            for (dout, (row, drow)) in dout.chunks_exact_mut(hidden).zip(rows) {
-                backward_row(family, dout, row, drow);
-            }
+            backward_rows(family, dout, rows, hidden, drows);
         });
     });
+}
+
+/// As [`backward`], on this thread alone.
+///
+/// # Panics
+/// Where lengths do not fit.
+pub fn backward_rows<E: Element>(
+    family: Family,
+    dout: &mut [E],
+    gate_up: &[E],
+    hidden: usize,
+    dgate_up: &mut [E],
+) {
+    assert!(gate_up.len() == 2 * dout.len() && dgate_up.len() == gate_up.len());
+    let rows = gate_up.chunks_exact(2 * hidden).zip(dgate_up.chunks_exact_mut(2 * hidden));
+    for (dout, (row, drow)) in dout.chunks_exact_mut(hidden).zip(rows) {
+        backward_row(family, dout, row, drow);
+    }
 }
 
 kernel! {

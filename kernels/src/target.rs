@@ -35,6 +35,34 @@ impl<R> Target<R> {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.at(i), len) }
     }
+
+    /// The `rows` × `cols` block from `i` on, of a matrix whose rows start `stride` apart.
+    ///
+    /// # Safety
+    /// As for `part`, of each row.
+    pub(crate) unsafe fn block(self, i: usize, (rows, cols): (usize, usize), stride: usize) -> Block<R> {
+        Block { start: Self(self.at(i)), rows, cols, stride }
+    }
+}
+
+/// A block of a matrix that nobody else touches.
+#[derive(Debug)]
+pub(crate) struct Block<R> {
+    start: Target<R>,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl<R> Block<R> {
+    /// Its rows.
+    pub(crate) fn rows<'a>(self) -> impl Iterator<Item = &'a mut [R]>
+    where
+        R: 'a,
+    {
+        // SAFETY: whoever made it promised that for each row.
+        (0..self.rows).map(move |row| unsafe { self.start.part(row * self.stride, self.cols) })
+    }
 }
 
 // SAFETY: a Target is only a place; every use of it states why no two threads meet there.

@@ -13,15 +13,19 @@
 // Register tiles write through raw pointers, and tasks write disjoint tiles of one matrix.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod pack;
 mod pairs;
 mod tiles;
 
-pub use pack::{Factor, Packed, pack, packed_len};
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::has as has_amx;
+pub use pack::{Factor, Packed, pack, pack_all, packed_len};
 pub(crate) use pack::{pack_serial, packed_in};
 pub use tiles::Tiles;
 
-use crate::target::Target;
+use crate::target::{Block, Target};
 use crate::{Cpu, Element, Family, scratch};
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -33,9 +37,9 @@ pub fn depth<E: Element>(family: Family) -> usize {
     E::tiles(family).depth
 }
 
-/// Rows of C that a task computes: a multiple of every family's tile height (6 and 4), small
-/// enough that their part of A (192 · 256 f32 = 192 KiB) stays in the second-level
-/// cache while panels of B pass by.
+/// Rows of C that a task computes at most: a multiple of every family's tile height (32, 6 and 4),
+/// small enough that their part of A (192 · 256 f32 = 192 KiB) stays in the second-level cache while
+/// panels of B pass by.
 const TASK_ROWS: usize = 192;
 
 /// Columns of C that a task computes: a multiple of every family's tile width (64, 32, 16, 8
@@ -156,12 +160,14 @@ where
 {
     check(&a, b, &c);
     let task_cols = if c.rows <= FEW_ROWS { FEW_COLS } else { TASK_COLS };
-    let (row_tasks, col_tasks) = (c.rows.div_ceil(TASK_ROWS), c.cols.div_ceil(task_cols));
+    let col_tasks = c.cols.div_ceil(task_cols);
+    let task_rows = task_rows(c.rows, col_tasks, E::tiles(cpu.family()).height, cpu.threads());
+    let row_tasks = c.rows.div_ceil(task_rows);
     let target = Target::new(c.data);
     cpu.for_each(row_tasks * col_tasks, |task| {
         // Neighbours in time share columns, so B's panels come from a shared cache.
-        let (row, col) = (task % row_tasks * TASK_ROWS, task / row_tasks * task_cols);
-        let rows = row..(row + TASK_ROWS).min(c.rows);
+        let (row, col) = (task % row_tasks * task_rows, task / row_tasks * task_cols);
+        let rows = row..(row + task_rows).min(c.rows);
         let cols = col..(col + task_cols).min(c.cols);
         let part = Part { family: cpu.family(), a, b, c: target, stride: c.stride, rows, cols, into };
         // SAFETY: tasks have disjoint rows × columns within the shape of C, which `check`
@@ -171,14 +177,21 @@ where
     });
 }
 
-/// As [`product`], on this thread alone: for tasks that are part of a larger operation.
-pub(crate) fn product_serial<E, O>(
-    family: Family,
-    a: View<'_, E>,
-    b: &Packed<'_, E>,
-    c: ViewMut<'_, O>,
-    into: Into,
-) where
+/// Rows of C that a task computes: whole tiles, and where tasks are few, so many that each thread has
+/// as many.
+pub(crate) fn task_rows(rows: usize, col_tasks: usize, height: usize, threads: usize) -> usize {
+    let fewest = rows.div_ceil(TASK_ROWS).max(1);
+    let few = rows > FEW_ROWS && fewest * col_tasks < 8 * threads;
+    let tasks = if few { fewest.next_multiple_of(threads) } else { fewest };
+    rows.div_ceil(tasks).next_multiple_of(height).clamp(height, TASK_ROWS)
+}
+
+/// As [`product`], on this thread alone: for tasks that are made of several operations.
+///
+/// # Panics
+/// Where shapes do not fit.
+pub fn product_rows<E, O>(family: Family, a: View<'_, E>, b: &Packed<'_, E>, c: ViewMut<'_, O>, into: Into)
+where
     E: Element,
     O: Element<Sum = E::Sum>,
 {
@@ -241,10 +254,10 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
             // SAFETY: the caller's promise.
             return unsafe { self.nothing() };
         }
-        // Where a row's last group is cut short, what follows it is not zero.
-        let packs = a.col_stride != 1 || !a.cols.is_multiple_of(tiles.group);
+        // Where a row's last step is cut short, what follows it is not zero.
+        let packs = a.col_stride != 1 || !a.cols.is_multiple_of(tiles.step);
         let depth = if O::IS_SUM { tiles.depth.min(a.cols) } else { a.cols };
-        let len = if packs { rows.len() * depth.next_multiple_of(tiles.group) } else { 0 };
+        let len = if packs { rows.len() * depth.next_multiple_of(tiles.step) } else { 0 };
         scratch::with(len, |left| {
             for k in (0..a.cols).step_by(depth) {
                 let ks = k..(k + depth).min(a.cols);
@@ -260,6 +273,7 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
                 }
             }
         });
+        tiles.release();
     }
 
     /// The sum of nothing.
@@ -297,14 +311,12 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
         let mut sums = MaybeUninit::<[E::Sum; TILE]>::uninit();
         let sums = sums.as_mut_ptr().cast::<E::Sum>();
         // SAFETY: the caller's promise; `sums` has room for the largest tile.
-        unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums, tiles.width, false) };
-        for i in 0..rows {
-            // SAFETY: so many sums of each row were set just now.
-            let sums = unsafe { std::slice::from_raw_parts(sums.add(i * tiles.width), cols) };
-            // SAFETY: within the part of C that is ours.
-            let to = unsafe { std::slice::from_raw_parts_mut(at.wrapping_add(i * self.stride), cols) };
-            finish(self.family, sums, to, self.into == Into::Add);
-        }
+        unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums, cols, false) };
+        // SAFETY: so many sums were set just now.
+        let sums = unsafe { std::slice::from_raw_parts(sums, rows * cols) };
+        // SAFETY: within the part of C that is ours.
+        let to = unsafe { self.c.block(row * self.stride + j * tiles.width, (rows, cols), self.stride) };
+        finish(self.family, sums, to, self.into == Into::Add);
     }
 
     /// Adds up a tile over the blocks of `ks`.
@@ -334,7 +346,7 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
                     k - ks.start,
                     ks.len(),
                 ),
-                None => (&self.a.data[row * self.a.row_stride + k..], self.a.row_stride, tiles.group),
+                None => (&self.a.data[row * self.a.row_stride + k..], self.a.row_stride, tiles.step),
             };
             let b = &self.b.data[p.start..p.start + p.len()];
             let (a, b, b_step) = (a.as_ptr(), b.as_ptr(), p.width * tiles.group);
@@ -349,19 +361,22 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
     }
 }
 
-/// Elements of the largest tile: 64 · 6 in AVX-512.
-const TILE: usize = 384;
+/// Elements of the largest tile: 32 · 32 in AMX.
+const TILE: usize = 1024;
 
 kernel! {
     /// Rounds finished sums.
-    fn finish<O: Element>(sums: &[O::Sum], to: &mut [O], add: bool) {
-        if add {
-            for (to, sum) in to.iter_mut().zip(sums) {
-                *to = O::narrow(to.widen() + *sum);
-            }
-        } else {
-            for (to, sum) in to.iter_mut().zip(sums) {
-                *to = O::narrow(*sum);
+    fn finish<O: Element>(sums: &[O::Sum], to: Block<O>, add: bool) {
+        for (i, to) in to.rows().enumerate() {
+            let sums = &sums[i * to.len()..][..to.len()];
+            if add {
+                for (to, sum) in to.iter_mut().zip(sums) {
+                    *to = O::narrow(to.widen() + *sum);
+                }
+            } else {
+                for (to, sum) in to.iter_mut().zip(sums) {
+                    *to = O::narrow(*sum);
+                }
             }
         }
     }
@@ -373,30 +388,51 @@ mod tests {
     use crate::Bf16;
     use proptest::prelude::*;
 
+    /// From -1 to 1; products of the smaller ones lie below the normal numbers.
     fn numbers<E: Element<Sum = f32>>(n: usize, seed: u32) -> Vec<E> {
         let at = |i: u32| i.wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(747_796_405) >> 12;
-        (0..n as u32).map(|i| E::narrow(at(i) as f32 / (1 << 19) as f32 - 1.0)).collect()
+        let scale = |at: u32| if at.is_multiple_of(16) { 2.0f32.powi(-65) } else { 1.0 };
+        let number = |at: u32| scale(at) * (at as f32 / (1 << 19) as f32 - 1.0);
+        (0..n as u32).map(|i| E::narrow(number(at(i)))).collect()
     }
 
     type Sizes = (usize, usize, usize);
 
     /// The order that the module promises, spelled out.
     fn reference<E: Element<Sum = f32>>(family: Family, a: &[E], b: &[E], (m, n, k): Sizes, c: &mut [f32]) {
-        let fused = family != Family::PORTABLE;
+        let add = match family.name() {
+            "amx-bf16" if !E::IS_SUM => add_as_amx,
+            "portable" => add_unfused,
+            _ => add_fused,
+        };
         for i in 0..m {
             for j in 0..n {
-                let mut total = c[i * n + j];
                 for block in (0..k).step_by(depth::<E>(family)) {
-                    let mut sum = 0.0f32;
-                    for l in block..(block + depth::<E>(family)).min(k) {
-                        let (x, y) = (a[i * k + l].widen(), b[l * n + j].widen());
-                        sum = if fused { x.mul_add(y, sum) } else { x * y + sum };
-                    }
-                    total += sum;
+                    let ks = block..(block + depth::<E>(family)).min(k);
+                    let pairs: Vec<_> = ks.map(|l| (a[i * k + l].widen(), b[l * n + j].widen())).collect();
+                    c[i * n + j] += add(&pairs);
                 }
-                c[i * n + j] = total;
             }
         }
+    }
+
+    fn add_fused(pairs: &[(f32, f32)]) -> f32 {
+        pairs.iter().fold(0.0, |sum, (x, y)| x.mul_add(*y, sum))
+    }
+
+    fn add_unfused(pairs: &[(f32, f32)]) -> f32 {
+        pairs.iter().fold(0.0, |sum, (x, y)| x * y + sum)
+    }
+
+    /// The manual's description of TDPBF16PS.
+    fn add_as_amx(pairs: &[(f32, f32)]) -> f32 {
+        let flushed = |x: f32| if x.is_subnormal() { 0.0 } else { x };
+        let half = |pairs: &[(f32, f32)], odd: usize| {
+            let pairs = pairs.iter().skip(odd).step_by(2);
+            pairs.fold(0.0, |sum, (x, y)| flushed(flushed(*x).mul_add(flushed(*y), sum)))
+        };
+        let tile = |pairs: &[(f32, f32)]| flushed(half(pairs, 0) + half(pairs, 1));
+        pairs.chunks(32).fold(0.0, |sum, pairs| flushed(sum + tile(pairs)))
     }
 
     fn transpose<E: Element>(a: &[E], rows: usize, cols: usize) -> Vec<E> {
@@ -405,7 +441,7 @@ mod tests {
 
     /// Whether sums are what the instruction for pairs makes of them, which rounds in its own way.
     fn is_native(family: Family) -> bool {
-        family == Family::best_for_bf16() && family != Family::best()
+        family.name() == "avx512-bf16"
     }
 
     fn any_layout<E: Element<Sum = f32>>(

@@ -7,7 +7,7 @@
 // Tasks write disjoint panels of one matrix.
 #![allow(unsafe_code)]
 
-use super::{Tiles, View};
+use super::{TASK_ROWS, Tiles, View};
 use crate::target::Target;
 use crate::{Cpu, Element, Family, scratch};
 use std::ops::Range;
@@ -50,11 +50,18 @@ impl<E: Element> Factor<E> {
     }
 }
 
-/// Elements that packing a `depth` × `cols` right factor takes: whole groups of whole vectors.
+/// The next multiple of a power of two, which all that is rounded to here is: this is asked for every
+/// tile, and a division takes as long as a part of it.
+pub(super) fn round_up(n: usize, power: usize) -> usize {
+    debug_assert!(power.is_power_of_two());
+    (n + power - 1) & !(power - 1)
+}
+
+/// Elements that packing a `depth` × `cols` right factor takes: whole steps of whole vectors.
 #[must_use]
 pub fn packed_len<E: Element>(depth: usize, cols: usize, family: Family) -> usize {
     let tiles = E::tiles(family);
-    depth.next_multiple_of(tiles.group) * cols.next_multiple_of(tiles.lanes)
+    round_up(depth, tiles.step) * round_up(cols, tiles.lanes)
 }
 
 /// One panel of one block: where it starts in a packed matrix and what it covers.
@@ -69,12 +76,14 @@ pub(super) struct Panel {
     pub(super) width: usize,
     /// Summed indices side by side.
     group: usize,
+    /// Of which there is a multiple.
+    step: usize,
 }
 
 impl Panel {
     /// Elements.
     pub(super) fn len(&self) -> usize {
-        self.k.len().next_multiple_of(self.group) * self.width
+        round_up(self.k.len(), self.step) * self.width
     }
 }
 
@@ -84,12 +93,12 @@ pub(super) fn panel<E: Element>(b: &Packed<'_, E>, tiles: &Tiles<E>, k: usize, j
 }
 
 fn panel_of<E: Element>(depth: usize, cols: usize, tiles: &Tiles<E>, k: usize, j: usize) -> Panel {
-    let (width, group) = (tiles.width, tiles.group);
-    let padded = cols.next_multiple_of(tiles.lanes);
+    let Tiles { width, group, step, .. } = *tiles;
+    let padded = round_up(cols, tiles.lanes);
     let end = (k + tiles.depth).min(depth);
     let (first, last) = (j * width, ((j + 1) * width).min(cols));
-    let start = k * padded + (end - k).next_multiple_of(group) * first;
-    Panel { start, k: k..end, cols: first..last, width: width.min(padded - first), group }
+    let start = k * padded + round_up(end - k, step) * first;
+    Panel { start, k: k..end, cols: first..last, width: width.min(padded - first), group, step }
 }
 
 /// Packs a right factor on this thread alone.
@@ -120,24 +129,53 @@ pub(crate) fn packed_in<'a, E: Element>(
 /// # Panics
 /// Where `out` is too short.
 pub fn pack<'a, E: Element>(cpu: &Cpu, b: View<'_, E>, out: &'a mut [E]) -> Packed<'a, E> {
+    let [packed] = pack_all(cpu, [b], out);
+    packed
+}
+
+/// Packs right factors one behind the other into `out`, which has the sum of their [`packed_len`] at
+/// least.
+///
+/// # Panics
+/// Where `out` is too short.
+pub fn pack_all<'a, E: Element, const N: usize>(
+    cpu: &Cpu,
+    factors: [View<'_, E>; N],
+    mut out: &'a mut [E],
+) -> [Packed<'a, E>; N] {
     let family = cpu.family();
     let tiles = E::tiles(family);
-    let out = &mut out[..packed_len::<E>(b.rows, b.cols, family)];
-    let (blocks, panels) = (b.rows.div_ceil(tiles.depth), b.cols.div_ceil(tiles.width));
-    let target = Target::new(out);
-    cpu.for_each(blocks * panels, |task| {
-        let p = panel_of(b.rows, b.cols, &tiles, task / panels * tiles.depth, task % panels);
-        // SAFETY: panels are disjoint and lie within packed_len (see `panel_of`), and the
-        // exclusive borrow of `out` outlives the tasks.
-        let out = unsafe { target.part(p.start, p.len()) };
-        pack_panel(family, b, &p, out);
+    let panels = |b: &View<'_, E>| b.rows.div_ceil(tiles.depth) * b.cols.div_ceil(tiles.width);
+    let parts = factors.map(|b| {
+        let part = scratch::take(&mut out, packed_len::<E>(b.rows, b.cols, family));
+        (b, Target::new(part), part.len())
     });
-    Packed { data: out, depth: b.rows, cols: b.cols }
+    cpu.for_each(parts.iter().map(|(b, ..)| panels(b)).sum(), |mut task| {
+        for (b, target, _) in &parts {
+            if task >= panels(b) {
+                task -= panels(b);
+                continue;
+            }
+            let across = b.cols.div_ceil(tiles.width);
+            let p = panel_of(b.rows, b.cols, &tiles, task / across * tiles.depth, task % across);
+            // SAFETY: panels are disjoint and lie within packed_len (see `panel_of`), and the
+            // exclusive borrow of `out` outlives the tasks.
+            let out = unsafe { target.part(p.start, p.len()) };
+            return pack_panel(family, *b, &p, out);
+        }
+    });
+    parts.map(|(b, target, len)| {
+        // SAFETY: the part of `out` that this was made from, which the tasks are done with.
+        let data = unsafe { target.part(0, len) };
+        Packed { data, depth: b.rows, cols: b.cols }
+    })
 }
 
 kernel! {
     /// Packs one panel; zeros where there is nothing.
     fn pack_panel<E: Element>(b: View<'_, E>, p: &Panel, out: &mut [E]) {
+        let (out, padding) = out.split_at_mut(round_up(p.k.len(), p.group) * p.width);
+        padding.fill(E::default());
         match (p.group, b.col_stride == 1) {
             (1, true) => pack_rows::<E, 1>(b, p, out),
             (1, false) => pack_columns::<E, 1>(b, p, out),
@@ -190,16 +228,16 @@ fn pack_columns<E: Element, const GROUP: usize>(b: View<'_, E>, p: &Panel, out: 
     }
 }
 
-/// Rows of a packed left factor that lie side by side: whole tiles. Where values are paired, also
-/// whole vectors, since that is how fast they are packed.
+/// Rows of a packed left factor that lie side by side: those of a tile, or, where values are paired,
+/// all of a task's, since memory is read fastest in long pieces.
 fn left_rows<E: Element>(tiles: &Tiles<E>) -> usize {
-    if tiles.group == 1 { tiles.height } else { PAIRED_ROWS }
+    if tiles.step == 2 { TASK_ROWS } else { tiles.height }
 }
 
-/// A multiple of the heights of tiles (6 and 4) and of 16 lanes.
-const PAIRED_ROWS: usize = 48;
+/// Values of k in a row of an AMX tile.
+pub(super) const STEP: usize = 32;
 
-/// Packs rows of A: for each [`left_rows`] of them, for each group of k, the rows' groups side by
+/// Packs rows of A: for each [`left_rows`] of them, for each step of k, the rows' steps side by
 /// side.
 pub(super) fn pack_left<E: Element>(
     family: Family,
@@ -209,45 +247,43 @@ pub(super) fn pack_left<E: Element>(
     out: &mut [E],
 ) {
     let tiles = E::tiles(family);
-    let len = ks.len().next_multiple_of(tiles.group);
+    let len = round_up(ks.len(), tiles.step);
     for row in rows.clone().step_by(left_rows(&tiles)) {
         let part = row..(row + left_rows(&tiles)).min(rows.end);
         let out = &mut out[(row - rows.start) * len..][..part.len() * len];
-        pack_left_part(family, a, part, ks.clone(), tiles.group, out);
+        pack_left_part(family, a, part, ks.clone(), tiles.step, out);
     }
 }
 
 kernel! {
-    fn pack_left_part<E: Element>(a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, group: usize, out: &mut [E]) {
-        match (group, rows.len()) {
-            (1, 6) => pack_some::<E, 1, 6>(a, rows, ks, out),
-            (1, 4) => pack_some::<E, 1, 4>(a, rows, ks, out),
+    fn pack_left_part<E: Element>(a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, step: usize, out: &mut [E]) {
+        match (step, rows.len()) {
+            (1, 6) => pack_some::<E, 6>(a, rows, ks, out),
+            (1, 4) => pack_some::<E, 4>(a, rows, ks, out),
             (1, _) => pack_few::<E, 1>(a, rows, ks, out),
-            (_, PAIRED_ROWS) => pack_some::<E, 2, PAIRED_ROWS>(a, rows, ks, out),
-            _ => pack_few::<E, 2>(a, rows, ks, out),
+            (2, width) if a.row_stride == 1 => {
+                let p = Panel { start: 0, k: ks, cols: rows, width, group: 2, step };
+                pack_rows::<E, 2>(a.t(), &p, out);
+            }
+            (2, _) => pack_few::<E, 2>(a, rows, ks, out),
+            _ => pack_tiles(a, rows, ks, out),
         }
     }
 }
 
 /// Exactly so many rows.
 #[inline(always)]
-fn pack_some<E: Element, const GROUP: usize, const ROWS: usize>(
+fn pack_some<E: Element, const ROWS: usize>(
     a: View<'_, E>,
     rows: Range<usize>,
     ks: Range<usize>,
     out: &mut [E],
 ) {
-    if a.row_stride != 1 || !ks.len().is_multiple_of(GROUP) {
-        return pack_few::<E, GROUP>(a, rows, ks, out);
+    if a.row_stride != 1 {
+        return pack_few::<E, 1>(a, rows, ks, out);
     }
-    let (out, _) = out.as_chunks_mut::<GROUP>();
-    for (k, out) in ks.step_by(GROUP).zip(out.as_chunks_mut::<ROWS>().0) {
-        let column = |k: usize| a.data[k * a.col_stride + rows.start..].first_chunk::<ROWS>();
-        let (Some(first), Some(last)) = (column(k), column(k + GROUP - 1)) else { return };
-        for (out, (first, last)) in out.iter_mut().zip(first.iter().zip(last)) {
-            out[0] = *first;
-            out[GROUP - 1] = *last;
-        }
+    for (k, out) in ks.zip(out.as_chunks_mut::<ROWS>().0) {
+        out.copy_from_slice(&a.data[k * a.col_stride + rows.start..][..ROWS]);
     }
 }
 
@@ -269,9 +305,25 @@ fn pack_few<E: Element, const GROUP: usize>(
     }
 }
 
-/// Where a packed left factor of `rows` rows and `depth` values of k has the groups from `k` on of
-/// the rows from `row` on, a tile's border: with the distances from row to row and from group to
-/// group.
+/// In rows of whole steps of AMX.
+#[inline(always)]
+fn pack_tiles<E: Element>(a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, out: &mut [E]) {
+    if a.row_stride == 1 {
+        return pack_few::<E, STEP>(a, rows, ks, out);
+    }
+    let (out, _) = out.as_chunks_mut::<STEP>();
+    for (k, out) in ks.clone().step_by(STEP).zip(out.chunks_exact_mut(rows.len())) {
+        let depth = STEP.min(ks.end - k);
+        for (row, out) in rows.clone().zip(out) {
+            out[..depth].copy_from_slice(&a.data[row * a.row_stride + k..][..depth]);
+            out[depth..].fill(E::default());
+        }
+    }
+}
+
+/// Where a packed left factor of `rows` rows and `depth` values of k has the steps from `k` on of
+/// the rows from `row` on, a tile's border: with the distances from row to row and from step to
+/// step.
 pub(super) fn left_at<'a, E: Element>(
     tiles: &Tiles<E>,
     left: &'a [E],
@@ -279,8 +331,8 @@ pub(super) fn left_at<'a, E: Element>(
     k: usize,
     depth: usize,
 ) -> (&'a [E], usize, usize) {
-    let first = row - row % left_rows(tiles);
+    let first = if left_rows(tiles) == tiles.height { row } else { 0 };
     let part = left_rows(tiles).min(rows - first);
-    let start = first * depth.next_multiple_of(tiles.group) + k * part + (row - first) * tiles.group;
-    (&left[start..], tiles.group, part * tiles.group)
+    let start = first * round_up(depth, tiles.step) + k * part + (row - first) * tiles.step;
+    (&left[start..], tiles.step, part * tiles.step)
 }

@@ -10,7 +10,9 @@
 // Register tiles work on raw pointers.
 #![allow(unsafe_code)]
 
-use super::pairs;
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::{pack, pairs};
 use crate::family::Kind;
 use crate::{Bf16, Element, Family};
 use gemm_common::microkernel::MicroKernelFn;
@@ -23,11 +25,11 @@ pub struct Call<E: Element> {
     pub(super) cols: usize,
     /// At most [`Tiles::depth`].
     pub(super) depth: usize,
-    /// The left factor: [`Tiles::group`] values of k side by side.
+    /// The left factor: [`Tiles::step`] values of k side by side.
     pub(super) a: *const E,
     /// Elements from one row to the next.
     pub(super) a_row: usize,
-    /// Elements from one group to the next.
+    /// Elements from one step of k to the next.
     pub(super) a_step: usize,
     /// The packed right factor: for each group of k, whole vectors of columns.
     pub(super) b: *const E,
@@ -45,8 +47,8 @@ pub struct Call<E: Element> {
 ///
 /// # Safety
 /// The machine has the family's instructions, all that [`Call`] says is there, and nobody else
-/// touches the sums. The last group's values beyond `depth` may be anything that, times the right
-/// factor's zeros, is zero.
+/// touches the sums. The last step's values beyond `depth` may be anything that, times what the other
+/// factor has there, is zero.
 pub(super) type Multiply<E> = unsafe fn(&Call<E>);
 
 /// The loops themselves.
@@ -56,6 +58,9 @@ enum Table<E: Element> {
     Gemm(&'static [MicroKernelFn<E>]),
     /// Likewise, of ours; so many rows.
     Ours(&'static [Multiply<E>], usize),
+    /// One for all sizes.
+    #[cfg(target_arch = "x86_64")]
+    One(Multiply<E>),
 }
 
 /// The register tiles of one family and element. A tile computes `width` columns (the vector
@@ -68,8 +73,11 @@ pub struct Tiles<E: Element> {
     pub(super) width: usize,
     /// Rows of the largest tile.
     pub(super) height: usize,
-    /// Values of k that lie side by side.
+    /// Values of k that lie side by side in the right factor.
     pub(super) group: usize,
+    /// Values of k that lie side by side in the left factor, of which as many are summed at a time: a
+    /// multiple of `group`.
+    pub(super) step: usize,
     /// Length of a block of the summed dimension. Changing it changes bits.
     pub(super) depth: usize,
     table: Table<E>,
@@ -86,11 +94,22 @@ impl<E: Element> Tiles<E> {
         self.height
     }
 
+    /// To be called after some tiles: gives back what they hold of the processor.
+    pub(super) fn release(&self) {
+        #[cfg(target_arch = "x86_64")]
+        if matches!(self.table, Table::One(_)) {
+            amx::release();
+        }
+    }
+
     /// # Safety
     /// As for [`Multiply`].
     pub(super) unsafe fn multiply(&self, call: &Call<E>) {
-        let vectors = call.cols.div_ceil(self.lanes) - 1;
+        let vectors = (call.cols - 1) >> self.lanes.trailing_zeros();
         match self.table {
+            // SAFETY: the caller's promise.
+            #[cfg(target_arch = "x86_64")]
+            Table::One(multiply) => unsafe { multiply(call) },
             Table::Ours(table, rows) => {
                 // SAFETY: the caller's promise.
                 unsafe { table[vectors * rows + call.rows - 1](call) }
@@ -149,6 +168,7 @@ macro_rules! gemm {
             width: $lanes * k::MR_DIV_N,
             height: k::NR,
             group: 1,
+            step: 1,
             depth: DEPTH,
             table: Table::Gemm(TABLE.as_flattened()),
         }
@@ -162,8 +182,25 @@ macro_rules! ours {
             width: $vectors * pairs::$module::LANES,
             height: $height,
             group: 2,
+            step: 2,
             depth: DEPTH_BF16,
             table: Table::Ours(pairs::$module::TABLE.as_flattened(), pairs::HEIGHT),
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+/// Of AMX: blocks of two by two of its tiles.
+macro_rules! amx {
+    ($multiply:path) => {
+        Tiles {
+            lanes: amx::SIDE,
+            width: 2 * amx::SIDE,
+            height: 2 * amx::SIDE,
+            group: 2,
+            step: pack::STEP,
+            depth: DEPTH_BF16,
+            table: Table::One($multiply),
         }
     };
 }
@@ -172,7 +209,9 @@ impl Tiles<f32> {
     pub(crate) fn f32(family: Family) -> Self {
         match family.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512Bf16 | Kind::Avx512 => gemm!(gemm_f32, f32, avx512f, 16),
+            Kind::Amx | Kind::AmxOnVectors | Kind::Avx512Bf16 | Kind::Avx512 => {
+                gemm!(gemm_f32, f32, avx512f, 16)
+            }
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => gemm!(gemm_f32, f32, fma, 8),
             Kind::Portable => gemm!(gemm_f32, f32, scalar, 1),
@@ -184,7 +223,9 @@ impl Tiles<f64> {
     pub(crate) fn f64(family: Family) -> Self {
         match family.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512Bf16 | Kind::Avx512 => gemm!(gemm_f64, f64, avx512f, 8),
+            Kind::Amx | Kind::AmxOnVectors | Kind::Avx512Bf16 | Kind::Avx512 => {
+                gemm!(gemm_f64, f64, avx512f, 8)
+            }
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => gemm!(gemm_f64, f64, fma, 4),
             Kind::Portable => gemm!(gemm_f64, f64, scalar, 1),
@@ -196,6 +237,10 @@ impl Tiles<Bf16> {
     /// With 16 registers: two vectors of columns and four rows, both widened.
     pub(crate) fn bf16(family: Family) -> Self {
         match family.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx => amx!(amx::tiles),
+            #[cfg(target_arch = "x86_64")]
+            Kind::AmxOnVectors => amx!(amx::vectors),
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Bf16 => ours!(native, 4, 6),
             #[cfg(target_arch = "x86_64")]

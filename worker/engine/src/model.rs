@@ -14,15 +14,17 @@
 //! logits, gradients of weights and all sums are `E::Sum`.
 
 use crate::EngineError;
-use crate::layout::{Layer, Layout};
-use caravan_kernels::attention::{self, Inputs};
-use caravan_kernels::matmul::{self, Into};
-use caravan_kernels::rope::{self, Turn};
-use caravan_kernels::{Cpu, Element, Real, View, ViewMut, add, cross_entropy, embedding, rmsnorm, swiglu};
-use caravan_types::{MicroBatch, ModelShape, cost};
+use crate::layout::Layout;
+use caravan_kernels::{Cpu, Element, Real, add, embedding, matmul, rope};
+use caravan_types::{MicroBatch, ModelShape};
 use std::ops::Range;
 
+mod head;
+mod layer;
 mod score;
+
+use head::logit_rows;
+pub(crate) use layer::{back, outer, product};
 pub use score::Score;
 
 /// Asked before every layer, and before every chunk of the head, with the unit's number: whether
@@ -181,24 +183,6 @@ impl<E: Element> Model<E> {
         self.backward(cpu, &weights, &mut gradient, flight, None, scale, stop)
     }
 
-    /// The logits of every position, for comparisons: rows of `vocab`. Weights are flat.
-    ///
-    /// # Errors
-    /// Where the micro-batch does not fit the model: the reason.
-    pub fn logits(&mut self, cpu: &Cpu, weights: &[E], batch: &MicroBatch) -> Result<Vec<E::Sum>, String> {
-        let weights = self.layout.split(weights);
-        let flight = self.forward(cpu, &weights, batch.clone(), None, &|_| false)?.unwrap_or_default();
-        let n = batch.tokens.len();
-        let mut logits = vec![E::Sum::ZERO; n * self.layout.vocab];
-        let last = weights[self.layout.layers + 1];
-        self.final_norm(cpu, last, &flight, n);
-        let head = &last[self.layout.head_weight.clone()];
-        let normed = &self.memory.normed[..n * self.layout.dim];
-        product(cpu, normed, self.layout.dim, head, &mut logits, Into::Set);
-        self.spare.push(flight);
-        Ok(logits)
-    }
-
     /// Takes a micro-batch forward through the stage; `weights` has the elements of each of its
     /// units at the unit's number. `input` is the residual stream before the stage's first
     /// layer, [tokens, dim], where that is not the embedding. None where it was stopped.
@@ -337,106 +321,6 @@ impl<E: Element> Model<E> {
         }
     }
 
-    fn attention_shape(&self, batch: &MicroBatch) -> attention::Shape {
-        let Layout { heads, kv_heads, head, .. } = self.layout;
-        let (sequences, length) = (batch.sequences, batch.length);
-        attention::Shape { sequences, queries: length, keys: length, heads, kv_heads, head }
-    }
-
-    /// One layer; `w` is its unit, `i` counts the stage's layers.
-    fn forward_layer(&mut self, cpu: &Cpu, w: &[E], flight: &mut Flight<E>, i: usize) {
-        let Layout { dim, hidden, .. } = self.layout;
-        let batch = &flight.batch;
-        let (n, width) = (batch.tokens.len(), self.layout.qkv());
-        let shape = self.attention_shape(batch);
-        let Layer { attention_norm, qkv: w_qkv, output, mlp_norm, gate_up: w_gate_up, down } =
-            self.layout.layer.clone();
-        let (kept, rest) = flight.kept.split_at_mut(i + 1);
-        let Kept { input, qkv, attention, lse, middle, gate_up } = &mut kept[i];
-        let (input, qkv) = (&input[..n * dim], &mut qkv[..n * width]);
-        let (attention, lse) = (&mut attention[..n * dim], &mut lse[..n * shape.heads]);
-        let (middle, gate_up) = (&mut middle[..n * dim], &mut gate_up[..n * 2 * hidden]);
-        let normed = &mut self.memory.normed[..n * dim];
-        let activated = &mut self.memory.product[..n * hidden];
-        let next = &mut rest[0].input[..n * dim];
-
-        rmsnorm::forward(cpu, input, &w[attention_norm], self.epsilon, normed);
-        product(cpu, normed, dim, &w[w_qkv], qkv, Into::Set);
-        let turned = dim + self.layout.kv();
-        rope::rope(cpu, qkv, width, turned, (0, batch.length), &self.turns, Turn::Forward);
-        let inputs = Inputs::fused(qkv, &shape, &batch.document_start);
-        attention::forward(cpu, &shape, &inputs, attention, lse);
-        add::copy(cpu, middle, input);
-        product(cpu, attention, dim, &w[output], middle, Into::Add);
-
-        rmsnorm::forward(cpu, middle, &w[mlp_norm], self.epsilon, normed);
-        product(cpu, normed, dim, &w[w_gate_up], gate_up, Into::Set);
-        swiglu::forward(cpu, gate_up, hidden, activated);
-        add::copy(cpu, next, middle);
-        product(cpu, activated, hidden, &w[down], next, Into::Add);
-    }
-
-    /// Normalises the residual stream after the last layer into `normed`; `w` is the last unit.
-    fn final_norm(&mut self, cpu: &Cpu, w: &[E], flight: &Flight<E>, n: usize) {
-        let gain = &w[self.layout.final_norm.clone()];
-        let normed = &mut self.memory.normed[..n * self.layout.dim];
-        let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..normed.len()]);
-        rmsnorm::forward(cpu, stream, gain, self.epsilon, normed);
-    }
-
-    /// Final norm, head and loss, forward and backward, a chunk of logits at a time. Leaves
-    /// the gradient of the residual stream in `dstream`. `w` is the last unit, `g` its gradient.
-    fn head(
-        &mut self,
-        cpu: &Cpu,
-        w: &[E],
-        g: &mut [E::Sum],
-        flight: &Flight<E>,
-        scale: f64,
-        stop: &Stop<'_>,
-    ) -> Option<f64> {
-        let Layout { dim, vocab, .. } = self.layout;
-        let batch = &flight.batch;
-        let n = batch.tokens.len();
-        self.final_norm(cpu, w, flight, n);
-        let m = &mut self.memory;
-        let head = View::rows_of(&w[self.layout.head_weight.clone()], dim);
-        let [forward, backward] = &mut m.head;
-        let forward = matmul::pack(cpu, head.t(), forward);
-        let backward = matmul::pack(cpu, head, backward);
-        let (chunk, share) = logit_rows::<E>(vocab);
-        for start in (0..n).step_by(share) {
-            let share = start..(start + share).min(n);
-            let dlogits = &mut m.dlogits[..share.len() * vocab];
-            for row in share.clone().step_by(chunk) {
-                if stop(self.layout.layers as u32 + 1) {
-                    return None;
-                }
-                let rows = row..(row + chunk).min(share.end);
-                let logits = &mut m.logits[..rows.len() * vocab];
-                let normed = View::rows_of(&m.normed[rows.start * dim..rows.end * dim], dim);
-                matmul::product(cpu, normed, &forward, ViewMut::rows_of(logits, vocab), Into::Set);
-                let dlogits = &mut dlogits[(row - start) * vocab..][..rows.len() * vocab];
-                let (targets, counted) = (&batch.targets[rows.clone()], &batch.counted[rows.clone()]);
-                let losses = &mut m.losses[rows];
-                cross_entropy::forward_backward(cpu, logits, dlogits, vocab, targets, counted, scale, losses);
-            }
-            let dlogits = View::rows_of(dlogits, vocab);
-            let share = share.start * dim..share.end * dim;
-            let dnormed = ViewMut::rows_of(&mut m.dnormed[share.clone()], dim);
-            matmul::product(cpu, dlogits, &backward, dnormed, Into::Set);
-            outer(cpu, dlogits, &m.normed[share], dim, &mut g[self.layout.head_weight.clone()]);
-        }
-        let gain = self.layout.final_norm.clone();
-        let (dnormed, dstream) = (&m.dnormed[..n * dim], &mut m.dstream[..n * dim]);
-        let rounded = &mut m.rounded[..n * dim];
-        let stream = flight.kept.last().map_or(&[][..], |last| &last.input[..n * dim]);
-        add::zero(cpu, dstream);
-        let dgain = &mut g[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, stream, &w[gain], self.epsilon, dstream, rounded, dgain);
-        Some(m.losses[..n].iter().sum())
-    }
-
     /// The layers from last to first, then the embedding; false where it was stopped.
     fn back_through(
         &mut self,
@@ -461,92 +345,6 @@ impl<E: Element> Model<E> {
         }
         true
     }
-
-    fn backward_mlp(&mut self, cpu: &Cpu, w: &[E], g: &mut [E::Sum], kept: &Kept<E>, n: usize) {
-        let Layout { dim, hidden, .. } = self.layout;
-        let layer = &self.layout.layer;
-        let m = &mut self.memory;
-        let (normed, dnormed) = (&mut m.normed[..n * dim], &mut m.dnormed[..n * dim]);
-        let (activated, dgate_up) = (&mut m.product[..n * hidden], &mut m.dgate_up[..n * 2 * hidden]);
-        let (dstream, rounded) = (&mut m.dstream[..n * dim], &mut m.rounded[..n * dim]);
-        let middle = &kept.middle[..n * dim];
-        let gate_up = &kept.gate_up[..n * 2 * hidden];
-        let gain = layer.mlp_norm.clone();
-
-        back(cpu, rounded, dim, &w[layer.down.clone()], hidden, activated);
-        swiglu::backward(cpu, activated, gate_up, hidden, dgate_up);
-        outer(cpu, View::rows_of(rounded, dim), activated, hidden, &mut g[layer.down.clone()]);
-        back(cpu, dgate_up, 2 * hidden, &w[layer.gate_up.clone()], dim, dnormed);
-        rmsnorm::forward(cpu, middle, &w[gain.clone()], self.epsilon, normed);
-        outer(cpu, View::rows_of(dgate_up, 2 * hidden), normed, dim, &mut g[layer.gate_up.clone()]);
-        let dgain = &mut g[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, middle, &w[gain], self.epsilon, dstream, rounded, dgain);
-    }
-
-    fn backward_attention(
-        &mut self,
-        cpu: &Cpu,
-        w: &[E],
-        g: &mut [E::Sum],
-        kept: &Kept<E>,
-        batch: &MicroBatch,
-    ) {
-        let dim = self.layout.dim;
-        let (n, width) = (batch.tokens.len(), self.layout.qkv());
-        let shape = self.attention_shape(batch);
-        let layer = &self.layout.layer;
-        let m = &mut self.memory;
-        let (normed, dnormed) = (&mut m.normed[..n * dim], &mut m.dnormed[..n * dim]);
-        let (dqkv, dattention) = (&mut m.dqkv[..n * width], &mut m.dattention[..n * dim]);
-        let (dstream, rounded) = (&mut m.dstream[..n * dim], &mut m.rounded[..n * dim]);
-        let (input, qkv) = (&kept.input[..n * dim], &kept.qkv[..n * width]);
-        let (out, lse) = (&kept.attention[..n * dim], &kept.lse[..n * shape.heads]);
-        let gain = layer.attention_norm.clone();
-
-        back(cpu, rounded, dim, &w[layer.output.clone()], dim, dattention);
-        outer(cpu, View::rows_of(rounded, dim), out, dim, &mut g[layer.output.clone()]);
-        let inputs = Inputs::fused(qkv, &shape, &batch.document_start);
-        attention::backward(cpu, &shape, &inputs, (out, lse), dattention, dqkv);
-        let turned = dim + self.layout.kv();
-        rope::rope(cpu, dqkv, width, turned, (0, batch.length), &self.turns, Turn::Backward);
-        back(cpu, dqkv, width, &w[layer.qkv.clone()], dim, dnormed);
-        rmsnorm::forward(cpu, input, &w[gain.clone()], self.epsilon, normed);
-        outer(cpu, View::rows_of(dqkv, width), normed, dim, &mut g[layer.qkv.clone()]);
-        let dgain = &mut g[gain.clone()];
-        rmsnorm::backward(cpu, dnormed, input, &w[gain], self.epsilon, dstream, rounded, dgain);
-    }
-}
-
-/// y = x·Wᵀ or y += x·Wᵀ, with W as [out, in].
-pub(crate) fn product<E, O>(cpu: &Cpu, x: &[E], inputs: usize, w: &[E], y: &mut [O], into: Into)
-where
-    E: Element,
-    O: Element<Sum = E::Sum>,
-{
-    let w = View::rows_of(w, inputs);
-    let y = ViewMut::rows_of(y, w.rows());
-    matmul::matmul(cpu, View::rows_of(x, inputs), w.t(), y, into);
-}
-
-/// dx = dy·W.
-pub(crate) fn back<E, O>(cpu: &Cpu, dy: &[E], outputs: usize, w: &[E], inputs: usize, dx: &mut [O])
-where
-    E: Element,
-    O: Element<Sum = E::Sum>,
-{
-    let w = View::rows_of(w, inputs);
-    matmul::matmul(cpu, View::rows_of(dy, outputs), w, ViewMut::rows_of(dx, inputs), Into::Set);
-}
-
-/// dW += dyᵀ·x.
-pub(crate) fn outer<E: Element>(cpu: &Cpu, dy: View<'_, E>, x: &[E], inputs: usize, dw: &mut [E::Sum]) {
-    matmul::matmul(cpu, dy.t(), View::rows_of(x, inputs), ViewMut::rows_of(dw, inputs), Into::Add);
-}
-
-/// Rows of logits, and of their gradients, that exist at a time.
-fn logit_rows<E>(vocab: usize) -> (usize, usize) {
-    let rows = |logits| cost::logit_rows(logits, vocab as u64) as usize;
-    (rows(cost::LOGITS), rows(cost::LOGIT_GRADIENTS / size_of::<E>() as u64))
 }
 
 fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {

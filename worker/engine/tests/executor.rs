@@ -468,8 +468,8 @@ fn a_run_that_this_machine_cannot_compute_is_refused() {
             Ok(_) => panic!("accepted"),
         }
     };
-    let family = refuse(|run| run.numerics.family = "amx-bf16".into());
-    assert!(family.contains("\"amx-bf16\"") && family.contains("portable"), "{family}");
+    let family = refuse(|run| run.numerics.family = "cuda-sm90".into());
+    assert!(family.contains("\"cuda-sm90\"") && family.contains("portable"), "{family}");
     assert!(refuse(|run| run.batch.lanes = 6).contains("lanes 6 is no power of two"));
     assert!(refuse(|run| run.model.heads = 5).contains("dim 24 must be an even multiple of heads 5"));
     assert!(refuse(|run| run.model.kv_heads = 3).contains("heads 4 must be a multiple of kv_heads 3"));

@@ -2,14 +2,15 @@
 
 // Each test file uses a part of this.
 #![allow(dead_code)]
+#![allow(clippy::expect_used, clippy::panic, reason = "a test fails where it stands")]
 
 use caravan_engine::{Batches, Checkpoints, EngineError, Executor, init};
 use caravan_kernels::Real;
 use caravan_types::peer::LaneResult;
 use caravan_types::task::{Done, Task};
 use caravan_types::{
-    BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass,
-    Precision, Recipe, RunSpec, SliceId, SliceSet, Step,
+    BatchShape, DataSpec, Digest, Generation, Lane, MicroBatch, MicroId, ModelShape, NumericsClass, Part,
+    Precision, Recipe, RunSpec, SliceId, SliceSet, SliceTable, Step, Verdict,
 };
 use std::ops::Range;
 
@@ -113,6 +114,28 @@ pub fn compute<B: Batches, C: Checkpoints>(
         }
     }
     Ok(results)
+}
+
+/// Has an executor hold the whole model, as it is before the first step.
+pub fn begin<B: Batches, C: Checkpoints>(engine: &mut Executor<B, C>, model: &ModelShape) {
+    let slices = SliceSet::all(SliceTable::new(model).len());
+    engine.run(Task::Place { units: 0..model.units() }).expect("place");
+    engine.run(Task::Init { slices, part: Part::State }).expect("init");
+}
+
+/// A whole step on an executor that holds the whole model.
+pub fn train_step<B: Batches, C: Checkpoints>(engine: &mut Executor<B, C>, run: &RunSpec, step: Step) {
+    let generation = Generation(1);
+    compute(engine, generation, step, (0..run.batch.lanes, run.batch.micro_batches)).expect("compute");
+    let slices = SliceSet::all(SliceTable::new(&run.model).len());
+    let mut norm = 0.0;
+    for slice in slices.iter() {
+        let done = engine.run(Task::Reduce { generation, step, slice }).expect("reduce");
+        let Some(Done::Reduced { norms, .. }) = done else { panic!("{done:?}") };
+        norm += norms.iter().sum::<f64>();
+    }
+    let verdict = Verdict::Update { norm: norm.sqrt() };
+    engine.run(Task::Apply { step, verdict, slices }).expect("apply");
 }
 
 /// What makes a micro-batch of (step, lane, index).
