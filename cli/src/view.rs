@@ -110,8 +110,9 @@ fn tell(out: &mut dyn Write, line: &str) {
 #[must_use]
 pub fn step_line(m: &StepMetrics, steps: u64, eta_seconds: Option<f64>) -> String {
     let eta = eta_seconds.map_or(String::new(), |s| format!("  eta {}", time(s)));
+    let mfu = m.mfu.map_or(String::new(), |share| format!("  mfu {:.1} %", 100.0 * share));
     format!(
-        "step {}/{steps}  loss {:.4}  lr {:.2e}  norm {:.3}  {} tokens/s{eta}  {} worker{}  {}",
+        "step {}/{steps}  loss {:.4}  lr {:.2e}  norm {:.3}  {} tokens/s{mfu}{eta}  {} worker{}  {}",
         m.step,
         m.loss,
         m.learning_rate,
@@ -165,6 +166,7 @@ mod tests {
             learning_rate: 1.8e-3,
             tokens: 2048,
             tokens_per_second: 2301.4,
+            mfu: Some(0.613),
             workers: 2,
             unix_ms,
         }
@@ -183,7 +185,11 @@ mod tests {
         view.step(&metrics(30, 13_000));
         let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines[0], "step 1/30  loss 4.5000  lr 1.80e-3  norm 0.830  2,301 tokens/s  2 workers  g3");
+        let first =
+            "step 1/30  loss 4.5000  lr 1.80e-3  norm 0.830  2,301 tokens/s  mfu 61.3 %  2 workers  g3";
+        assert_eq!(lines[0], first);
+        let unknown = step_line(&StepMetrics { mfu: None, ..metrics(1, 0) }, 30, None);
+        assert_eq!(unknown, first.replace("  mfu 61.3 %", ""));
         assert!(lines[1].starts_with("step 21/30"), "{text}");
         assert_eq!(lines[2], "checkpoint of step 29 written");
         assert!(lines[3].starts_with("step 30/30") && lines[3].contains("  eta 0s  "), "{text}");

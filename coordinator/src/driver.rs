@@ -17,7 +17,7 @@ use caravan_coordinator_core::{Core, Input, Millis, Output, Record, Session};
 use caravan_types::message::{Farewell, FromWorker, Hello, ToWorker, Welcome};
 use caravan_types::status::{Event, Phase};
 use caravan_types::task::SavedPart;
-use caravan_types::{Generation, Plan, Step, WorkerId};
+use caravan_types::{Generation, Peak, Plan, Step, WorkerId, peak};
 use caravan_wire::{Down, pb};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -60,6 +60,8 @@ struct Link {
     outbox: Option<Outbox>,
     /// Set when it was taken on.
     worker: Option<WorkerId>,
+    /// What the worker could compute at most, once it has said so.
+    peak: Option<Peak>,
 }
 
 /// What the driver works with.
@@ -214,8 +216,13 @@ impl<S: Store> Driver<S> {
     fn accept(&mut self, request: Request) -> Option<Input> {
         match request {
             Request::Hello { session, hello, outbox } => {
-                self.links.insert(session, Link { outbox: Some(outbox), worker: None });
+                self.links.insert(session, Link { outbox: Some(outbox), worker: None, peak: None });
                 Some(Input::Hello { session, hello })
+            }
+            // For people: the core decides without it.
+            Request::Message { session, message: FromWorker::Peak(peak) } => {
+                self.links.get_mut(&session)?.peak = Some(peak);
+                None
             }
             Request::Message { session, message } => {
                 let worker = self.links.get(&session)?.worker?;
@@ -321,11 +328,18 @@ impl<S: Store> Driver<S> {
             Output::Committed { committed, members } => {
                 let workers = members.len() as u32;
                 self.trace.committed(&committed, workers);
-                self.parts.journal.committed(committed, workers, Instant::now()).await;
+                let peak = self.peak(&members);
+                self.parts.journal.committed(committed, (workers, peak), Instant::now()).await;
             }
             Output::End(farewell) => return Some(farewell),
         }
         None
+    }
+
+    /// FLOP/s that these workers could reach together, where that is known.
+    fn peak(&self, members: &[WorkerId]) -> Option<f64> {
+        let link = |worker| self.links.get(self.sessions.get(worker)?);
+        peak::together(members.iter().map(|worker| link(worker)?.peak.as_ref()))
     }
 
     fn welcome(&mut self, session: Session, worker: WorkerId, committed: Step) {

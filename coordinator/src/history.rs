@@ -8,7 +8,7 @@ use caravan_types::Step;
 use caravan_types::status::{LoggedEvent, StepMetrics};
 use std::collections::VecDeque;
 
-/// Points kept of the curve: 32 Ki × 72 bytes is 2.3 MB, and more than any screen is wide.
+/// Points kept of the curve: 32 Ki × 88 bytes is 2.9 MB, and more than any screen is wide.
 const MAX_STEPS: usize = 32 * 1024;
 
 /// Points given out at once: a curve of 4,096 points is finer than a 4K screen, and as JSON
@@ -120,6 +120,7 @@ pub(crate) mod tests {
             learning_rate: 1e-4,
             tokens: 4096,
             tokens_per_second: 2048.0,
+            mfu: Some(0.5),
             workers: 2,
             unix_ms: 1_000 * step,
         }

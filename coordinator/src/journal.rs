@@ -57,8 +57,12 @@ pub(crate) struct View {
     pub workers: Vec<WorkerStatus>,
 }
 
+/// How many members committed a step, and the FLOP/s that they could reach together, where that is
+/// known.
+pub(crate) type Members = (u32, Option<f64>);
+
 enum Request {
-    Committed { committed: Committed, workers: u32, at: Instant },
+    Committed { committed: Committed, members: Members, at: Instant },
     Happened { event: Event, step: Step },
     View(View),
     Steps { since: Step, reply: oneshot::Sender<Vec<StepMetrics>> },
@@ -77,8 +81,8 @@ pub(crate) struct JournalHandle {
 
 impl JournalHandle {
     /// Notes a commit that became known at `at`.
-    pub(crate) async fn committed(&self, committed: Committed, workers: u32, at: Instant) {
-        self.tell(Request::Committed { committed, workers, at }).await;
+    pub(crate) async fn committed(&self, committed: Committed, members: Members, at: Instant) {
+        self.tell(Request::Committed { committed, members, at }).await;
     }
 
     /// Notes an event; `step` is the newest committed one.
@@ -192,7 +196,7 @@ impl Journal {
 
     fn handle(&mut self, request: Request, flushed: &mut Vec<oneshot::Sender<()>>) {
         match request {
-            Request::Committed { committed, workers, at } => self.committed(&committed, workers, at),
+            Request::Committed { committed, members, at } => self.committed(&committed, members, at),
             Request::Happened { event, step } => self.happened(event, step),
             Request::View(view) => self.view(view),
             Request::Steps { since, reply } => answer(reply, self.history.steps_after(since)),
@@ -205,7 +209,7 @@ impl Journal {
         }
     }
 
-    fn committed(&mut self, committed: &Committed, workers: u32, at: Instant) {
+    fn committed(&mut self, committed: &Committed, (workers, peak): Members, at: Instant) {
         let Committed { generation, step, loss, norm, took_ms, .. } = *committed;
         // What the member measured: when a commit is heard of says nothing where the coordinator
         // was busy or away, and several come at once. Only for steps of few milliseconds its
@@ -217,6 +221,8 @@ impl Journal {
             }
             _ => measured,
         };
+        // A clock's resolution is the fastest that a step can be seen to be.
+        let seconds = seconds.max(1e-6);
         self.last_commit = Some((at, generation));
         // A point of a curve it is not; what people are told of it is an event.
         if committed.verdict() == Verdict::Skip {
@@ -230,8 +236,8 @@ impl Journal {
             norm,
             learning_rate: self.spec.recipe.learning_rate_at(step),
             tokens,
-            // A clock's resolution is the fastest that a step can be seen to be.
-            tokens_per_second: tokens as f64 / seconds.max(1e-6),
+            tokens_per_second: tokens as f64 / seconds,
+            mfu: peak.map(|peak| self.spec.mfu(seconds, peak)),
             workers,
             unix_ms: unix_ms(),
         };

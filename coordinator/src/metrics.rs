@@ -32,6 +32,8 @@ pub(crate) struct Metrics {
     norm: Real,
     learning_rate: Real,
     tokens_per_second: Real,
+    /// Empty, and not in a scrape, where it is not known.
+    mfu: Family<[(&'static str, String); 0], Real>,
     since_commit: Real,
     commits: Counter,
     tokens: Counter,
@@ -57,6 +59,8 @@ impl Metrics {
         all.register("learning_rate", "Learning rate of the newest step", m.learning_rate.clone());
         let help = "Tokens a second over the newest step";
         all.register("tokens_per_second", help, m.tokens_per_second.clone());
+        let help = "Model FLOPs utilisation of the newest step: 1 is all that its members could compute";
+        all.register("mfu_ratio", help, m.mfu.clone());
         let help = "Time since the newest commit, or since the start where there is none";
         all.register_with_unit("since_commit", help, Unit::Seconds, m.since_commit.clone());
         let help = "Commits seen by this coordinator, steps done again counted again";
@@ -75,6 +79,10 @@ impl Metrics {
         self.norm.set(metrics.norm);
         self.learning_rate.set(metrics.learning_rate);
         self.tokens_per_second.set(metrics.tokens_per_second);
+        match metrics.mfu {
+            Some(mfu) => _ = self.mfu.get_or_create(&[]).set(mfu),
+            None => self.mfu.clear(),
+        }
         self.commits.inc();
         self.tokens.inc_by(metrics.tokens);
     }
@@ -128,6 +136,7 @@ mod tests {
         for line in [
             "caravan_step{run=\"demo\"} 3",
             "caravan_loss{run=\"demo\"} 3.0",
+            "caravan_mfu_ratio{run=\"demo\"} 0.5",
             "caravan_tokens_total{run=\"demo\"} 4096",
             "caravan_since_commit_seconds{run=\"demo\"} 1.5",
             "caravan_checkpoints_total{run=\"demo\"} 1",
@@ -136,5 +145,8 @@ mod tests {
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
+        m.committed(&StepMetrics { mfu: None, ..metrics(4) });
+        let text = m.text(Duration::ZERO).unwrap();
+        assert!(!text.contains("mfu"), "a share of what is not known is in\n{text}");
     }
 }

@@ -234,9 +234,15 @@ async fn a_worker_joins_steps_and_is_seen_in_every_way() {
         (welcome.worker, welcome.timing, welcome.checkpoint_every),
         (WorkerId(1), Timing::from_millis(DETECT_MS), 50)
     );
-    assert_eq!((welcome.spec, welcome.recompute), (options(dir.path()).spec, true));
+    assert_eq!((&welcome.spec, welcome.recompute), (&options(dir.path()).spec, true));
     let plan = worker.plan().await;
-    for step in 1..=3 {
+    worker.commit(plan.generation, 1).await;
+    committed(&running, 1).await;
+    let (_, _, text) = get(address, "/metrics").await;
+    assert!(!text.contains("caravan_mfu_ratio"), "a share of what nobody has measured: {text}");
+    let peak = Peak { thread: 1e11, threads: 4, cores: 2, place: "here 0-1".into() };
+    worker.say(FromWorker::Peak(peak)).await;
+    for step in 2..=3 {
         worker.commit(plan.generation, step).await;
     }
     let heartbeat = FromWorker::Heartbeat {
@@ -253,6 +259,10 @@ async fn a_worker_joins_steps_and_is_seen_in_every_way() {
     assert_eq!(snapshot.workers[0].name, "first");
     let steps: Vec<StepMetrics> = json(address, "/api/steps?since=1").await;
     assert_eq!(steps.iter().map(|m| (m.step.0, m.loss)).collect::<Vec<_>>(), [(2, 7.0), (3, 6.0)]);
+    let mfu = welcome.spec.mfu(0.01, 2e11);
+    assert_eq!(steps[0].mfu, Some(mfu), "of the two cores that four threads share");
+    let first = &json::<Vec<Value>>(address, "/api/steps").await[0];
+    assert!(first["loss"].is_f64() && first.get("mfu").is_none(), "{first}");
     let events: Vec<Value> = json(address, "/api/events").await;
     let kinds: Vec<_> = events.iter().map(|e| e["kind"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["joined", "stopping", "planned"]);
@@ -261,10 +271,12 @@ async fn a_worker_joins_steps_and_is_seen_in_every_way() {
     let (_, head, text) = get(address, "/metrics").await;
     assert!(head.contains("content-type: application/openmetrics-text"), "{head}");
     assert!(text.contains("caravan_step{run=\"demo\"} 3"), "{text}");
+    assert!(text.contains(&format!("caravan_mfu_ratio{{run=\"demo\"}} {mfu}\n")), "{text}");
 
     let mut grpc = client(address).await;
     let status = grpc.status(pb::StatusRequest {}).await.unwrap().into_inner();
-    assert_eq!(Snapshot::try_from(status).unwrap().step, Step(3));
+    let status = Snapshot::try_from(status).unwrap();
+    assert_eq!((status.step, status.last.unwrap().mfu), (Step(3), Some(mfu)));
     let mut events = grpc.events(pb::EventsRequest { since: 1 }).await.unwrap().into_inner();
     assert_eq!(events.message().await.unwrap().unwrap().number, 1);
 

@@ -27,6 +27,9 @@ fn a_run_is_shown_as_it_happens_with_its_curves_workers_lanes_joins_and_deaths()
     let train = place.train("shown", &ENDLESS);
     let browser = open(&place, "shown");
     browser.wait_for("Number(document.querySelector('#loss').textContent) > 0");
+    for place in ["#mfu", "#chart-throughput .readout span:last-of-type output"] {
+        browser.wait_for(&format!("parseFloat(document.querySelector('{place}').textContent) > 0"));
+    }
     browser.wait_for("document.querySelectorAll('#workers tr[data-member=true]').length === 2");
     assert_eq!(browser.text("#run"), "tiny");
     assert_eq!(browser.count("#lanes li"), 2);

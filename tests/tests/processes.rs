@@ -13,6 +13,8 @@ fn fifty_steps_have_the_same_bits_on_one_two_three_workers_and_when_one_dies_and
 
     let mut train = place.train("chaos", &["--workers", "3"]);
     place.reach("chaos", 8);
+    let mfu = place.get("chaos", "/api/snapshot")["last"]["mfu"].as_f64();
+    assert!(mfu.is_some_and(|share| share > 0.0 && share < 1.5), "{mfu:?} of what the machine can do");
     let victim = train.children()[1];
     kill(victim, "KILL");
     train.wait_for("starting it again");
@@ -20,6 +22,7 @@ fn fifty_steps_have_the_same_bits_on_one_two_three_workers_and_when_one_dies_and
     train.wait_for("with 4 workers");
     let ended = train.end();
     assert_eq!(ended.weights(), quiet, "{}", ended.stderr);
+    assert!(ended.stderr.contains(" tokens/s  mfu "), "{}", ended.stderr);
     assert!(joined.end().status.success());
     let audit = place.run(&["audit", "chaos", "--json"]);
     assert!(audit.status.success(), "{audit:?}");

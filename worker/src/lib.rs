@@ -22,6 +22,7 @@ mod initial;
 #[cfg(test)]
 mod log;
 mod machine;
+mod peak;
 mod session;
 mod signals;
 #[cfg(test)]
@@ -102,12 +103,15 @@ async fn work(options: Options, flaws: mpsc::Receiver<Flaw>) -> Result<Farewell,
         None => advertised(&listener, &options.coordinator).await.map_err(unheard)?.to_string(),
     };
     let hello = hello(&options, fabric.clone());
-    let (session, welcome) = tokio::select! {
+    let (mut session, welcome) = tokio::select! {
         joined = Session::join(&options.coordinator, &hello, Timing::default()) => joined?,
         () = signals.next() => return Ok(Farewell::Left),
     };
     let spec = &welcome.spec;
     tracing::info!(worker = %welcome.worker, run = spec.name, fabric = %fabric, "taken on");
+    if let Some(peak) = peak::measure(spec.numerics.clone(), options.threads, &hello.host).await {
+        session.measured(peak);
+    }
     let slices = SliceTable::new(&spec.model);
     let (engine, reports) = {
         let frames = frames_of_two_steps(&slices, &spec.batch);

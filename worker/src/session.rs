@@ -7,8 +7,8 @@
 //! meanwhile is not kept here: the core tells again what still matters.
 
 use crate::error::WorkerError;
-use caravan_types::Timing;
 use caravan_types::message::{FromWorker, Hello, ToWorker, Welcome};
+use caravan_types::{Peak, Timing};
 use caravan_wire::{CannotConnect, Down, Timeouts, Up, connect, pb};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -30,6 +30,8 @@ pub struct Session {
     address: String,
     hello: Hello,
     timing: Timing,
+    /// What every coordinator is told first.
+    peak: Option<Peak>,
     link: Link,
 }
 
@@ -76,7 +78,14 @@ impl Session {
         let (open, welcome) = open(address, hello, timing, timing.join()).await?;
         let timing = welcome.timing;
         let hello = Hello { resume: Some(welcome.worker), ..hello.clone() };
-        Ok((Self { address: address.to_owned(), hello, timing, link: Link::Open(Box::new(open)) }, welcome))
+        let (address, link) = (address.to_owned(), Link::Open(Box::new(open)));
+        Ok((Self { address, hello, timing, peak: None, link }, welcome))
+    }
+
+    /// Says what this worker could compute at most, now and whenever it is taken back.
+    pub fn measured(&mut self, peak: Peak) {
+        self.peak = Some(peak.clone());
+        self.tell(FromWorker::Peak(peak));
     }
 
     /// Says something, without waiting. While the session is being opened again, and where the
@@ -113,6 +122,9 @@ impl Session {
                 let opened = task.await.map_err(|_| gone("the search for it ended".into()))?;
                 let (open, welcome) = opened?;
                 self.link = Link::Open(Box::new(open));
+                if let Some(peak) = self.peak.clone() {
+                    self.tell(FromWorker::Peak(peak));
+                }
                 Ok(Said::Back(Box::new(welcome)))
             }
         }

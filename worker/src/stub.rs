@@ -73,11 +73,11 @@ impl Talk {
         said.ok().flatten().map(|message| message.try_into().unwrap())
     }
 
-    /// What it says next that is no heartbeat.
+    /// What it says next that is no heartbeat, nor what it could compute at most.
     pub async fn news(&mut self) -> Option<FromWorker> {
         loop {
             match self.hear().await?.message().unwrap() {
-                FromWorker::Heartbeat { .. } => {}
+                FromWorker::Heartbeat { .. } | FromWorker::Peak(_) => {}
                 message => return Some(message),
             }
         }

@@ -265,6 +265,8 @@ impl Core {
                 self.keep_pace(now, worker, out);
                 self.look_for_hang(now, out);
             }
+            // For people.
+            FromWorker::Peak(_) => {}
             FromWorker::Report(report) => self.report(now, worker, report, out),
             FromWorker::Committed(committed) => self.commit(now, worker, committed, out),
             FromWorker::PeerLost { generation, peer } => self.suspect(now, generation, worker, peer, out),

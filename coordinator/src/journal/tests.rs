@@ -42,8 +42,10 @@ async fn commits_and_events_are_in_the_file_the_history_and_the_feed() {
     let journal = start(&path, &spec(), Step(0)).unwrap();
     let mut feed = journal.feed();
     let at = Instant::now();
-    journal.committed(committed(1, 1), 2, at).await;
-    journal.committed(committed(1, 2), 2, at + Duration::from_millis(250)).await;
+    journal.committed(committed(1, 1), (2, None), at).await;
+    // At this peak the model's own FLOPs take an eighth of the half second.
+    let peak = Some(spec().model.train_flops_per_token(128) * 1024.0 * 16.0);
+    journal.committed(committed(1, 2), (2, peak), at + Duration::from_millis(250)).await;
     journal.happened(Event::CheckpointWritten { step: Step(2) }, Step(2)).await;
     journal.view(View { phase: Phase::Running, step: Step(2), ..View::default() }).await;
     journal.flush().await;
@@ -65,6 +67,8 @@ async fn commits_and_events_are_in_the_file_the_history_and_the_feed() {
     let kinds: Vec<_> = lines.iter().map(|l| l["kind"].as_str().unwrap()).collect();
     assert_eq!(kinds, ["step", "step", "checkpoint_written"]);
     assert_eq!(lines[1]["step"], 2);
+    assert_eq!((steps[0].mfu, steps[1].mfu), (None, Some(0.125)));
+    assert_eq!((lines[0].get("mfu"), lines[1]["mfu"].as_f64()), (None, Some(0.125)));
     assert!(matches!(feed.recv().await, Ok(Update::Step(m)) if m.step == Step(1)));
     assert!(journal.scrape().await.unwrap().contains("caravan_step{run=\"demo\"} 2"));
 }
@@ -75,9 +79,9 @@ async fn steps_that_are_too_fast_for_the_clock_of_members_are_measured_by_when_t
     let journal = start(&dir.path().join("metrics.jsonl"), &spec(), Step(0)).unwrap();
     let at = Instant::now();
     let fast = |step, took_ms| Committed { took_ms, ..committed(1, step) };
-    journal.committed(fast(1, 1), 2, at).await;
-    journal.committed(fast(2, 1), 2, at + Duration::from_micros(1250)).await;
-    journal.committed(fast(3, 2), 2, at + Duration::from_micros(1250)).await;
+    journal.committed(fast(1, 1), (2, None), at).await;
+    journal.committed(fast(2, 1), (2, None), at + Duration::from_micros(1250)).await;
+    journal.committed(fast(3, 2), (2, None), at + Duration::from_micros(1250)).await;
     let rates: Vec<f64> = journal.steps(Step(0)).await.iter().map(|m| m.tokens_per_second).collect();
     assert_eq!(rates, [1024.0 / 0.001, 1024.0 / 0.001_25, 1024.0 / 0.002]);
 }
@@ -88,7 +92,7 @@ async fn a_resumed_run_continues_the_file_and_shows_what_counts() {
     let path = dir.path().join("metrics.jsonl");
     let journal = start(&path, &spec(), Step(0)).unwrap();
     for step in 1..=5 {
-        journal.committed(committed(1, step), 2, Instant::now()).await;
+        journal.committed(committed(1, step), (2, None), Instant::now()).await;
     }
     journal.happened(Event::Draining, Step(5)).await;
     journal.flush().await;
@@ -99,7 +103,7 @@ async fn a_resumed_run_continues_the_file_and_shows_what_counts() {
 
     let journal = start(&path, &spec(), Step(3)).unwrap();
     assert_eq!(journal.steps(Step(0)).await.len(), 3, "steps 4 and 5 will be done again");
-    journal.committed(committed(2, 4), 1, Instant::now()).await;
+    journal.committed(committed(2, 4), (1, None), Instant::now()).await;
     journal.happened(Event::Draining, Step(4)).await;
     journal.flush().await;
     let events: Vec<u64> = journal.events(0).await.iter().map(|e| e.number).collect();
@@ -114,7 +118,7 @@ async fn a_rollback_takes_undone_steps_off_the_curve_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let journal = start(&dir.path().join("m"), &spec(), Step(0)).unwrap();
     for step in 1..=5 {
-        journal.committed(committed(1, step), 2, Instant::now()).await;
+        journal.committed(committed(1, step), (2, None), Instant::now()).await;
     }
     journal.happened(Event::RolledBack { from: Step(5), to: Step(2) }, Step(5)).await;
     assert_eq!(journal.steps(Step(0)).await.len(), 2);
@@ -127,7 +131,7 @@ async fn a_full_disk_does_not_stop_the_journal() {
     std::os::unix::fs::symlink("/dev/full", &link).unwrap();
     let journal = start(&link, &spec(), Step(0)).unwrap();
     for step in 1..=3 {
-        journal.committed(committed(1, step), 2, Instant::now()).await;
+        journal.committed(committed(1, step), (2, None), Instant::now()).await;
         journal.flush().await;
     }
     assert_eq!(journal.steps(Step(0)).await.len(), 3);

@@ -22,6 +22,8 @@ const PANELS = [
     series: [
       { label: "tokens/s", column: "throughput", colour: "--curve-2", show: format.count, width: 1.5, fill: "--curve-2-fill" },
       { label: "workers", column: "workers", colour: "--curve-5", show: format.count, width: 1.5, right: true, stepped: true },
+      // A number to be read only: its curve would be that of tokens/s, but for another scale.
+      { label: "MFU", column: "mfu", show: format.share, right: true, hidden: true },
     ],
     axis: format.compact,
     rightAxis: (value) => (Number.isInteger(value) ? String(value) : ""),
@@ -65,9 +67,10 @@ class Chart {
     const readout = element("p", "readout");
     this.values = panel.series.map((series) => {
       const item = element("span", "");
+      if (!series.hidden) item.append(element("span", "swatch"));
       item.style.setProperty("--swatch", `var(${series.colour})`);
       const value = element("output", "", "–");
-      item.append(element("span", "swatch"), `${series.label} `, value);
+      item.append(`${series.label} `, value);
       readout.append(item);
       return value;
     });
@@ -151,6 +154,7 @@ class Chart {
         {},
         ...panel.series.map((s) => ({
           label: s.label,
+          show: !s.hidden,
           scale: s.right ? "right" : "y",
           stroke: () => colour(s.colour),
           fill: s.fill && (() => colour(s.fill)),

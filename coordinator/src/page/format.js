@@ -15,6 +15,8 @@ export const rate = (value) => (known(value) ? value.toExponential(2) : "–");
 
 export const small = (value) => (known(value) ? value.toPrecision(3) : "–");
 
+export const share = (value) => (known(value) ? `${(100 * value).toFixed(1)} %` : "–");
+
 // 1,234 or 45.6k: at most five characters, so that an axis needs no room to grow.
 export function compact(value) {
   if (!known(value)) return "–";

@@ -16,6 +16,7 @@ const COLUMNS = {
   norm: (m) => m.norm,
   rate: (m) => m.learning_rate,
   throughput: (m) => m.tokens_per_second,
+  mfu: (m) => m.mfu ?? null,
   workers: (m) => m.workers,
 };
 

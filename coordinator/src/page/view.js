@@ -70,6 +70,7 @@ export function header(snapshot) {
   say(id("percent"), percent);
   say(id("loss"), last ? format.loss(last.loss) : "–");
   say(id("throughput"), last ? format.count(last.tokens_per_second) : "–");
+  say(id("mfu"), format.share(last?.mfu));
   say(id("eta"), snapshot.phase === "finished" ? "done" : format.duration(snapshot.eta_seconds));
   say(id("workers-count"), format.count(snapshot.workers.filter((w) => w.member).length));
   say(id("generation"), snapshot.generation > 0 ? `g${snapshot.generation}` : "–");

@@ -3,7 +3,7 @@
 use crate::progress::{EngineProgress, Wait};
 use crate::task::SavedPart;
 use crate::{
-    Dispute, Generation, NonFinite, Plan, RunSpec, SliceId, SliceSet, SliceSum, Step, Timing, Verdict,
+    Dispute, Generation, NonFinite, Peak, Plan, RunSpec, SliceId, SliceSet, SliceSum, Step, Timing, Verdict,
     WorkerId,
 };
 use serde::{Deserialize, Serialize};
@@ -138,6 +138,8 @@ pub enum FromWorker {
         /// How far its engine is.
         engine: EngineProgress,
     },
+    /// What it could compute at most: the first that it says after each [`Welcome`].
+    Peak(Peak),
     /// The answer to [`ToWorker::Stop`], and a promise: nothing more is done in an older
     /// generation.
     Report(Report),

@@ -305,9 +305,11 @@ impl ModelShape {
         (0..self.units()).flat_map(|u| self.unit(UnitId(u))).collect()
     }
 
-    /// Floating-point operations to train on one token: 6 for each parameter of a matrix
-    /// product, plus causal attention, 6 · layers · length · dim (the PaLM paper's count,
-    /// arXiv 2204.02311 appendix B, halved for causality). Looking up an embedding is free.
+    /// Floating-point operations to train on one token: 6 for each parameter but the embedding's,
+    /// whose rows are only looked up, and 6 · layers · length · dim for attention. That is the
+    /// count of the PaLM paper (arXiv 2204.02311, appendix B) with attention's part of it,
+    /// 12 · layers · length · dim, halved: a causal mask leaves half of all pairs. What is computed
+    /// again or masked besides does not count, nor do norms, rotations and softmax.
     #[must_use]
     pub fn train_flops_per_token(&self, sequence_length: u32) -> f64 {
         let table = f64::from(self.vocab) * f64::from(self.dim);
@@ -320,6 +322,15 @@ impl ModelShape {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flops_of_a_token_are_six_a_parameter_and_half_of_attention() {
+        let model = ModelShape::preset("15m").unwrap();
+        let layer = 288 * 3 * 288 + 288 * 288 + 3 * 288 * 768 + 2 * 288;
+        let head = 32_000 * 288 + 288;
+        let full = 12 * 6 * 256 * 288;
+        assert_eq!(model.train_flops_per_token(256), f64::from(6 * (6 * layer + head) + full / 2));
+    }
 
     #[test]
     fn presets_have_the_parameter_counts_of_the_paper() {

@@ -31,6 +31,16 @@ pub struct RunSpec {
     pub numerics: NumericsClass,
 }
 
+impl RunSpec {
+    /// Model FLOPs utilisation of a step: the share of `peak`, in FLOP/s, that the run's model
+    /// itself has needed where a step took so many seconds. docs/performance.md has the formula.
+    #[must_use]
+    pub fn mfu(&self, seconds: f64, peak: f64) -> f64 {
+        let token = self.model.train_flops_per_token(self.batch.sequence_length);
+        token * self.batch.tokens_per_step() as f64 / (seconds * peak)
+    }
+}
+
 /// What the weights are at step 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
@@ -100,5 +110,28 @@ pub struct NumericsClass {
 impl fmt::Display for NumericsClass {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.precision, self.family)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn utilisation_is_what_a_step_needs_of_what_its_time_would_have_been_enough_for() {
+        let spec = RunSpec {
+            version: RUN_SPEC_VERSION,
+            name: "run".into(),
+            model: ModelShape::preset("15m").unwrap(),
+            init: Initial::Seed,
+            data: DataSpec { digest: Digest::default(), tokens: 0 },
+            batch: BatchShape { lanes: 4, micro_batches: 2, sequences: 8, sequence_length: 256 },
+            recipe: Recipe::default(),
+            seed: 1,
+            numerics: NumericsClass { precision: Precision::Fp32, family: "portable".into() },
+        };
+        // 93,804,480 FLOPs a token, 16,384 tokens, 2 seconds of 1 TFLOP/s.
+        assert_eq!(spec.mfu(2.0, 1e12), 93_804_480.0 * 16_384.0 / 2e12);
+        assert_eq!(spec.mfu(4.0, 0.5e12), spec.mfu(2.0, 1e12));
     }
 }

@@ -374,6 +374,10 @@ pub struct StepMetrics {
     pub tokens: u64,
     /// Tokens a second since the last commit.
     pub tokens_per_second: f64,
+    /// Model FLOPs utilisation ([`RunSpec::mfu`](crate::RunSpec::mfu)): the share of what the
+    /// members could compute at most; absent where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// Members that committed it.
     pub workers: u32,
     /// Milliseconds since the Unix epoch, by the coordinator's clock; for people only.

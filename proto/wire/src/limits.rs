@@ -3,6 +3,7 @@
 
 use crate::error::{Malformed, Why};
 use caravan_types::message::SPEEDS;
+use caravan_types::peak::FLOPS;
 use caravan_types::{Digest, Generation, SliceId, SliceSet, Step, WorkerId};
 use std::ops::Range;
 
@@ -118,6 +119,15 @@ pub(crate) fn range(start: u32, end: u32, limit: u32, field: &'static str) -> Re
 
 pub(crate) fn speed(value: f64, field: &'static str) -> Result<f64, Malformed> {
     if SPEEDS.contains(&value) { Ok(value) } else { Err(Why::NotASpeed.at(field)) }
+}
+
+pub(crate) fn flops(value: f64, field: &'static str) -> Result<f64, Malformed> {
+    if FLOPS.contains(&value) { Ok(value) } else { Err(Why::NotASpeed.at(field)) }
+}
+
+/// A number of what there must be one of at least.
+pub(crate) fn some(value: u32, field: &'static str) -> Result<u32, Malformed> {
+    if value > 0 { Ok(value) } else { Err(Why::Missing.at(field)) }
 }
 
 pub(crate) fn digest(bytes: &[u8], field: &'static str) -> Result<Digest, Malformed> {

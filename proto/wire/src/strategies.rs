@@ -5,6 +5,7 @@ use caravan_types::message::{
     Activity, Committed, Farewell, FromWorker, Hello, Refusal, Report, SPEEDS, ToWorker, Welcome,
 };
 use caravan_types::non_finite::{Finding, LayerPart, Module, Sample, Tensor, Value};
+use caravan_types::peak::FLOPS;
 use caravan_types::peer::{Key, LaneResult, PeerMessage, Prepared, SliceVote};
 use caravan_types::progress::{Awaited, Doing, EngineProgress, Place, Wait};
 use caravan_types::run_spec::RUN_SPEC_VERSION;
@@ -124,6 +125,15 @@ pub(crate) fn hello() -> impl Strategy<Value = Hello> {
             speed,
         },
     )
+}
+
+fn peak() -> impl Strategy<Value = Peak> {
+    (FLOPS, 1..=u32::MAX, 1..=u32::MAX, text()).prop_map(|(thread, threads, cores, place)| Peak {
+        thread,
+        threads,
+        cores,
+        place,
+    })
 }
 
 pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
@@ -273,6 +283,7 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
                 FromWorker::Heartbeat { applied, activity, wait, engine }
             }
         ),
+        peak().prop_map(FromWorker::Peak),
         report().prop_map(FromWorker::Report),
         (generation(), step(), real(), real(), any::<(u64, u64)>()).prop_map(
             |(generation, step, loss, norm, (tokens, took_ms))| {
@@ -372,8 +383,14 @@ pub(crate) fn to_worker() -> impl Strategy<Value = ToWorker> {
 }
 
 fn metrics() -> impl Strategy<Value = StepMetrics> {
-    (step(), generation(), [real(), real(), real(), real()], any::<(u64, u32, u64)>()).prop_map(
-        |(step, generation, [loss, norm, learning_rate, tokens_per_second], (tokens, workers, unix_ms))| {
+    let reals = ([real(), real(), real(), real()], option::of(real()));
+    (step(), generation(), reals, any::<(u64, u32, u64)>()).prop_map(
+        |(
+            step,
+            generation,
+            ([loss, norm, learning_rate, tokens_per_second], mfu),
+            (tokens, workers, unix_ms),
+        )| {
             StepMetrics {
                 step,
                 generation,
@@ -382,6 +399,7 @@ fn metrics() -> impl Strategy<Value = StepMetrics> {
                 learning_rate,
                 tokens,
                 tokens_per_second,
+                mfu,
                 workers,
                 unix_ms,
             }

@@ -159,7 +159,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
     let memory = Memory::estimate(&model, &spec.batch, precision, recompute, 1, 1);
-    let peak = caravan_engine::peak(&spec.numerics).unwrap_or(f64::NAN) * threads as f64;
+    let cores = std::thread::available_parallelism().map_or(threads, |cores| threads.min(cores.get()));
+    let peak = caravan_engine::peak(&spec.numerics, threads).unwrap_or(f64::NAN) * cores as f64;
     times.sort_by(f64::total_cmp);
     let (median, tokens) = (times[times.len() / 2], (sequences * length) as f64);
     let flops = model.train_flops_per_token(length as u32) * tokens;
@@ -171,7 +172,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         median * 1e3,
         tokens / median,
         flops / median / 1e9,
-        100.0 * flops / median / peak,
+        100.0 * spec.mfu(median, peak),
         parts[0] * 1e3,
         parts[1] * 1e3,
         parts[2] * 1e3,

@@ -227,6 +227,9 @@ async fn a_session_that_breaks_off_is_opened_again_with_the_same_id() {
         let (joined, (mut talk, _)) =
             tokio::join!(Session::join(&address, &hello, LONG), stub.take_on(welcome()));
         let mut session = joined.map_err(|e| e.to_string()).unwrap().0;
+        let peak = Peak { thread: 1e11, threads: 1, cores: 2, place: "here 0-1".into() };
+        session.measured(peak.clone());
+        assert_eq!(talk.hear().await, Some(Up::Message(FromWorker::Peak(peak.clone()))));
         if let Some(status) = status {
             talk.fail(status).await;
         }
@@ -244,6 +247,8 @@ async fn a_session_that_breaks_off_is_opened_again_with_the_same_id() {
             engine: EngineProgress::default(),
         };
         session.tell(beat.clone());
+        let first = FromWorker::Peak(peak);
+        assert_eq!(talk.hear().await, Some(Up::Message(first)), "another coordinator does not know it");
         assert_eq!(talk.hear().await, Some(Up::Message(beat)), "what was told to nobody is not kept");
     }
 }

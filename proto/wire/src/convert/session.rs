@@ -15,7 +15,7 @@ use caravan_types::progress::EngineProgress;
 use caravan_types::run_spec::RUN_SPEC_VERSION;
 use caravan_types::task::SavedPart;
 use caravan_types::timing::millis;
-use caravan_types::{Digest, NonFinite, NotFinite, Plan, RunSpec, SliceId, Timing};
+use caravan_types::{Digest, NonFinite, NotFinite, Peak, Plan, RunSpec, SliceId, Timing};
 use prost::Message as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,6 +46,7 @@ impl TryFrom<pb::FromWorker> for Up {
                     work: beat.work,
                 },
             },
+            Message::Peak(peak) => FromWorker::Peak(peak.try_into()?),
             Message::Report(report) => FromWorker::Report(report.try_into()?),
             Message::Committed(committed) => FromWorker::Committed(committed.try_into()?),
             Message::PeerLost(lost) => FromWorker::PeerLost {
@@ -91,6 +92,7 @@ impl From<FromWorker> for from_worker::Message {
                 busy_ms: engine.busy_ms,
                 work: engine.work,
             }),
+            FromWorker::Peak(peak) => Self::Peak(peak.into()),
             FromWorker::Report(report) => Self::Report(report.into()),
             FromWorker::Committed(committed) => Self::Committed(committed.into()),
             FromWorker::PeerLost { generation, peer } => {
@@ -211,6 +213,25 @@ impl TryFrom<pb::Hello> for Hello {
             resume: hello.resume.map(|worker| limits::worker(worker, "Hello.resume")).transpose()?,
             memory: hello.memory,
             speed: limits::speed(hello.speed, "Hello.speed")?,
+        })
+    }
+}
+
+impl From<Peak> for pb::Peak {
+    fn from(peak: Peak) -> Self {
+        Self { thread: peak.thread, threads: peak.threads, cores: peak.cores, place: cut(peak.place) }
+    }
+}
+
+impl TryFrom<pb::Peak> for Peak {
+    type Error = Malformed;
+
+    fn try_from(peak: pb::Peak) -> Result<Self, Malformed> {
+        Ok(Self {
+            thread: limits::flops(peak.thread, "Peak.thread")?,
+            threads: limits::some(peak.threads, "Peak.threads")?,
+            cores: limits::some(peak.cores, "Peak.cores")?,
+            place: text(peak.place, "Peak.place")?,
         })
     }
 }

@@ -77,6 +77,7 @@ impl From<StepMetrics> for pb::StepMetrics {
             learning_rate: metrics.learning_rate,
             tokens: metrics.tokens,
             tokens_per_second: metrics.tokens_per_second,
+            mfu: metrics.mfu,
             workers: metrics.workers,
             unix_ms: metrics.unix_ms,
         }
@@ -95,6 +96,7 @@ impl TryFrom<pb::StepMetrics> for StepMetrics {
             learning_rate: metrics.learning_rate,
             tokens: metrics.tokens,
             tokens_per_second: metrics.tokens_per_second,
+            mfu: metrics.mfu,
             workers: metrics.workers,
             unix_ms: metrics.unix_ms,
         })

@@ -166,6 +166,19 @@ fn an_unknown_variant_and_one_that_is_not_set_are_refused() {
 }
 
 #[test]
+fn a_peak_that_would_make_utilisation_anything_but_a_number_is_refused() {
+    let peak = pb::Peak { thread: 1e11, threads: 2, cores: 4, place: "here 0-3".into() };
+    let read = |peak| Up::try_from(pb::FromWorker { message: Some(pb::from_worker::Message::Peak(peak)) });
+    assert!(read(peak.clone()).is_ok());
+    for thread in [0.0, -1.0, f64::INFINITY, f64::NAN] {
+        assert_eq!(read(pb::Peak { thread, ..peak.clone() }), Err(Why::NotASpeed.at("Peak.thread")));
+    }
+    let none = pb::Peak { threads: 0, ..peak.clone() };
+    assert_eq!(read(none), Err(Why::Missing.at("Peak.threads")));
+    assert_eq!(read(pb::Peak { cores: 0, ..peak }), Err(Why::Missing.at("Peak.cores")));
+}
+
+#[test]
 fn a_run_spec_of_another_version_or_with_an_unknown_key_is_refused() {
     let another = pb::RunSpec { version: 1, json: b"{}".to_vec() };
     assert_eq!(RunSpec::try_from(another), Err(Why::Version { is: 1, must: 2 }.at("RunSpec.version")));
