@@ -60,30 +60,35 @@ pub fn rope<E: Element>(
     table: &Table<E::Sum>,
     turn: Turn,
 ) {
+    assert!(turned <= width && turned.is_multiple_of(2 * table.half) && rows.len().is_multiple_of(width));
+    assert!(first + length.min(rows.len() / width) <= table.positions());
+    let family = cpu.family();
     cpu.install(|| {
         rows.par_chunks_mut(ROWS * width).enumerate().for_each(|(chunk, rows)| {
-            rope_rows(cpu.family(), rows, chunk * ROWS, (width, turned), (first, length), table, turn);
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let position = first + (chunk * ROWS + i) % length;
+                let turns = &table.turns[position * 2 * table.half..][..2 * table.half];
+                turn_row(family, &mut row[..turned], turns, turn == Turn::Backward);
+            }
         });
     });
 }
 
-/// As [`rope`] for the rows from `row` on, on this thread alone.
+/// As [`rope`], on this thread alone, for the rows from row `row` on of sequences of `length`.
 ///
 /// # Panics
 /// Where the table is too short or sizes do not fit.
 pub fn rope_rows<E: Element>(
     family: Family,
     rows: &mut [E],
-    row: usize,
     (width, turned): (usize, usize),
-    (first, length): (usize, usize),
+    (row, length): (usize, usize),
     table: &Table<E::Sum>,
     turn: Turn,
 ) {
     assert!(turned <= width && turned.is_multiple_of(2 * table.half) && rows.len().is_multiple_of(width));
     for (i, values) in rows.chunks_exact_mut(width).enumerate() {
-        let position = first + (row + i) % length;
-        let turns = &table.turns[position * 2 * table.half..][..2 * table.half];
+        let turns = &table.turns[(row + i) % length * 2 * table.half..][..2 * table.half];
         turn_row(family, &mut values[..turned], turns, turn == Turn::Backward);
     }
 }

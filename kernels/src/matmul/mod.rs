@@ -161,7 +161,7 @@ where
     check(&a, b, &c);
     let task_cols = if c.rows <= FEW_ROWS { FEW_COLS } else { TASK_COLS };
     let col_tasks = c.cols.div_ceil(task_cols);
-    let task_rows = task_rows(c.rows, col_tasks, E::tiles(cpu.family()).height, cpu.threads());
+    let task_rows = task_rows(c.rows, [TASK_ROWS, E::tiles(cpu.family()).height], col_tasks, cpu.threads());
     let row_tasks = c.rows.div_ceil(task_rows);
     let target = Target::new(c.data);
     cpu.for_each(row_tasks * col_tasks, |task| {
@@ -177,13 +177,18 @@ where
     });
 }
 
-/// Rows of C that a task computes: whole tiles, and where tasks are few, so many that each thread has
-/// as many.
-pub(crate) fn task_rows(rows: usize, col_tasks: usize, height: usize, threads: usize) -> usize {
-    let fewest = rows.div_ceil(TASK_ROWS).max(1);
+/// Rows that a task computes, at most and in multiples of what is given: where tasks are few, so many
+/// that each thread has as many.
+pub(crate) fn task_rows(
+    rows: usize,
+    [most, multiple]: [usize; 2],
+    col_tasks: usize,
+    threads: usize,
+) -> usize {
+    let fewest = rows.div_ceil(most).max(1);
     let few = rows > FEW_ROWS && fewest * col_tasks < 8 * threads;
     let tasks = if few { fewest.next_multiple_of(threads) } else { fewest };
-    rows.div_ceil(tasks).next_multiple_of(height).clamp(height, TASK_ROWS)
+    rows.div_ceil(tasks).next_multiple_of(multiple).clamp(multiple, most)
 }
 
 /// As [`product`], on this thread alone: for tasks that are made of several operations.

@@ -20,6 +20,20 @@ pub struct Packed<'a, E> {
     pub(super) cols: usize,
 }
 
+impl<E> Packed<'_, E> {
+    /// Rows, over which is summed.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Columns.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+}
+
 /// A right factor that is packed once and kept.
 #[derive(Debug)]
 pub struct Factor<E> {

@@ -38,8 +38,8 @@ pub struct Activations {
     pub layer: u64,
     /// The residual stream after the last layer, which is kept, too.
     pub stream: u64,
-    /// What all layers share: gradients of those, two normed rows and a product and, where they
-    /// are recomputed, what one of them has besides its input.
+    /// What all layers share: the matrices of one, packed, gradients of those, two normed rows and a
+    /// product and, where they are recomputed, what one of them has besides its input.
     pub shared: u64,
     /// What the head takes: a chunk of logits, and its weights in two packed forms.
     pub head: u64,
@@ -56,11 +56,12 @@ impl Activations {
         let qkv = d + 2 * u64::from(model.kv_heads) * u64::from(model.head_dim());
         let input = FP32 * tokens * d;
         let rest = FP32 * tokens * (d + heads) + each * tokens * (d + qkv + 2 * h);
-        let shared = FP32 * tokens * 2 * d + each * tokens * (3 * d + qkv + 3 * h);
+        let shared = FP32 * tokens * 2 * d + each * tokens * (4 * d + qkv + 3 * h);
+        let packed = each * d * (qkv + d + 3 * h);
         Self {
             layer: if recompute { input } else { input + rest },
             stream: input,
-            shared: if recompute { shared + rest } else { shared },
+            shared: packed + if recompute { shared + rest } else { shared },
             head: v * (FP32 * rows(LOGITS) + each * rows(LOGIT_GRADIENTS / each)) + each * 2 * d * v,
         }
     }

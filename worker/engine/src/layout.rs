@@ -4,6 +4,7 @@
 //! laid out alike.
 
 use crate::EngineError;
+use caravan_kernels::{Element, View};
 use caravan_types::{ModelShape, RopeScaling, UnitId};
 use std::ops::Range;
 
@@ -130,6 +131,20 @@ impl Layout {
             unit
         };
         self.unit_lens.iter().map(unit).collect()
+    }
+
+    /// A layer's matrices, as [out, in]: the projection of queries, keys and values, that of attention's
+    /// output, gate and up, and down. `w` is the layer's unit.
+    #[must_use]
+    pub fn factors<'a, E: Element>(&self, w: &'a [E]) -> [View<'a, E>; 4] {
+        let Layer { qkv, output, gate_up, down, .. } = &self.layer;
+        let matrix = |range: &Elements, inputs| View::rows_of(&w[range.clone()], inputs);
+        [
+            matrix(qkv, self.dim),
+            matrix(output, self.dim),
+            matrix(gate_up, self.dim),
+            matrix(down, self.hidden),
+        ]
     }
 
     /// Width of keys, and of values.

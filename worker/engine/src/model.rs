@@ -19,7 +19,7 @@
 
 use crate::EngineError;
 use crate::layout::Layout;
-use caravan_kernels::{Cpu, Element, Real, add, embedding, matmul, rope};
+use caravan_kernels::{Cpu, Element, Family, Real, add, embedding, matmul, rmsnorm, rope};
 use caravan_types::{MicroBatch, ModelShape};
 use std::mem;
 use std::ops::Range;
@@ -54,11 +54,11 @@ struct Kept<E: Element> {
 impl<E: Element> Kept<E> {
     /// Takes memory for `n` tokens.
     fn reserve(&mut self, layout: &Layout, n: usize) {
-        grow(&mut self.qkv, n * layout.qkv());
-        grow(&mut self.attention, n * layout.dim);
-        grow(&mut self.lse, n * layout.heads);
-        grow(&mut self.middle, n * layout.dim);
-        grow(&mut self.gate_up, n * 2 * layout.hidden);
+        fit(&mut self.qkv, n * layout.qkv());
+        fit(&mut self.attention, n * layout.dim);
+        fit(&mut self.lse, n * layout.heads);
+        fit(&mut self.middle, n * layout.dim);
+        fit(&mut self.gate_up, n * 2 * layout.hidden);
     }
 }
 
@@ -81,7 +81,11 @@ struct Memory<E: Element> {
     dnormed: Vec<E::Sum>,
     /// Gradient of the residual stream, [dim], and the same as a factor of products.
     dstream: Vec<E::Sum>,
-    rounded: Vec<E>,
+    rounded: [Vec<E>; 2],
+    /// Of the gradient of a norm's gain, of some rows each.
+    shares: Vec<E::Sum>,
+    /// A layer's matrices, packed.
+    packed: Vec<E>,
     /// A chunk of logits, and their gradient.
     logits: Vec<E::Sum>,
     dlogits: Vec<E>,
@@ -272,17 +276,20 @@ impl<E: Element> Model<E> {
         cpu: &Cpu,
         weights: &[&[E]],
         gradient: &mut [&mut [E::Sum]],
-        flight: Flight<E>,
+        mut flight: Flight<E>,
         coming: Option<&[E::Sum]>,
         scale: f64,
         stop: &Stop<'_>,
     ) -> Result<Option<f64>, String> {
-        self.check_stream(coming, flight.batch.tokens.len(), !self.is_last())?;
+        let n = flight.batch.tokens.len();
+        self.check_stream(coming, n, !self.is_last())?;
+        // Another micro-batch may have gone forward since.
+        self.reserve(cpu, &mut flight, n);
         let loss = cpu.install(|| {
             let loss = match coming {
                 Some(coming) => {
-                    add::copy(cpu, &mut self.memory.dstream[..coming.len()], coming);
-                    add::narrow(cpu, &mut self.memory.rounded[..coming.len()], coming);
+                    add::copy(cpu, &mut self.memory.dstream, coming);
+                    add::narrow(cpu, &mut self.memory.rounded[0], coming);
                     0.0
                 }
                 None => {
@@ -325,28 +332,30 @@ impl<E: Element> Model<E> {
         let qkv = self.layout.qkv();
         let layers = self.layers().len();
         flight.streams.resize_with(layers + 1, Vec::new);
-        flight.streams.iter_mut().for_each(|stream| grow(stream, n * dim));
+        flight.streams.iter_mut().for_each(|stream| fit(stream, n * dim));
         flight.kept.resize_with(if self.recompute { 0 } else { layers }, Kept::default);
         flight.kept.iter_mut().for_each(|kept| kept.reserve(&self.layout, n));
         let m = &mut self.memory;
         if self.recompute {
             m.layer.reserve(&self.layout, n);
         }
-        grow(&mut m.normed, n * dim);
-        grow(&mut m.product, n * hidden);
-        grow(&mut m.dgate_up, n * 2 * hidden);
-        grow(&mut m.dqkv, n * qkv);
-        grow(&mut m.dattention, n * dim);
-        grow(&mut m.dnormed, n * dim);
-        grow(&mut m.dstream, n * dim);
-        grow(&mut m.rounded, n * dim);
+        fit(&mut m.normed, n * dim);
+        fit(&mut m.product, n * hidden);
+        fit(&mut m.dgate_up, n * 2 * hidden);
+        fit(&mut m.dqkv, n * qkv);
+        fit(&mut m.dattention, n * dim);
+        fit(&mut m.dnormed, n * dim);
+        fit(&mut m.dstream, n * dim);
+        m.rounded.iter_mut().for_each(|rounded| fit(rounded, n * dim));
+        fit(&mut m.shares, rmsnorm::shares(n, dim));
+        reserve_packed(&mut m.packed, &self.layout, cpu.family());
         if self.units.end == self.layout.units() {
             let (rows, share) = logit_rows::<E>(vocab);
-            grow(&mut m.logits, rows.min(n) * vocab);
-            grow(&mut m.dlogits, share.min(n) * vocab);
-            grow(&mut m.losses, n);
-            grow(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
-            grow(&mut m.head[1], matmul::packed_len::<E>(vocab, dim, cpu.family()));
+            fit(&mut m.logits, rows.min(n) * vocab);
+            fit(&mut m.dlogits, share.min(n) * vocab);
+            fit(&mut m.losses, n);
+            fit(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
+            fit(&mut m.head[1], matmul::packed_len::<E>(vocab, dim, cpu.family()));
         }
     }
 
@@ -373,8 +382,7 @@ impl<E: Element> Model<E> {
                     &own
                 }
             };
-            self.backward_mlp(cpu, w, g, kept, flight.batch.tokens.len());
-            self.backward_attention(cpu, w, g, input, kept, &flight.batch);
+            self.backward_layer(cpu, w, g, input, kept, &flight.batch);
             self.memory.layer = own;
         }
         if self.is_first() {
@@ -386,10 +394,19 @@ impl<E: Element> Model<E> {
     }
 }
 
-fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
-    if buffer.len() < len {
-        buffer.resize(len, T::default());
-    }
+/// Gives a buffer its length. In a run all micro-batches have one, so that it is given once.
+fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+    buffer.resize(len, T::default());
+}
+
+/// Takes memory for a layer's matrices as they are packed forward and back.
+fn reserve_packed<E: Element>(packed: &mut Vec<E>, layout: &Layout, family: Family) {
+    let Layout { dim, hidden, .. } = *layout;
+    let matrices = [[layout.qkv(), dim], [dim, dim], [2 * hidden, dim], [dim, hidden]];
+    let len = |[depth, cols]: [usize; 2]| matmul::packed_len::<E>(depth, cols, family);
+    let back: usize = matrices.into_iter().map(len).sum();
+    let forward: usize = matrices.into_iter().map(|[out, inputs]| len([inputs, out])).sum();
+    fit(packed, back.max(forward));
 }
 
 /// Whether a micro-batch can be computed: what comes from data is checked here, once, so that

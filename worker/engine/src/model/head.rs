@@ -79,7 +79,7 @@ impl<E: Element> Model<E> {
         }
         let gain = self.layout.final_norm.clone();
         let (dnormed, dstream) = (&m.dnormed[..n * dim], &mut m.dstream[..n * dim]);
-        let rounded = &mut m.rounded[..n * dim];
+        let rounded = &mut m.rounded[0][..n * dim];
         let stream = flight.streams.last().map_or(&[][..], |last| &last[..n * dim]);
         add::zero(cpu, dstream);
         let dgain = &mut g[gain.clone()];

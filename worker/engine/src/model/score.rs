@@ -9,7 +9,7 @@
 //! a row is one that the first row has, too. So a text's scores have the same bits alone and
 //! among any others.
 
-use super::{Flight, Model, check, grow, logit_rows};
+use super::{Flight, Model, check, fit, logit_rows, reserve_packed};
 use caravan_kernels::{Cpu, Element, View, ViewMut, embedding, log_prob, matmul};
 use caravan_types::MicroBatch;
 use std::mem;
@@ -55,7 +55,7 @@ impl<E: Element> Model<E> {
     fn score_batch(&mut self, cpu: &Cpu, weights: &[&[E]], batch: MicroBatch) -> Vec<Score> {
         let mut flight = self.spare.pop().unwrap_or_default();
         flight.batch = batch;
-        self.reserve_forward(&mut flight);
+        self.reserve_forward(cpu, &mut flight);
         let (n, dim) = (flight.batch.tokens.len(), self.layout.dim);
         embedding::forward(cpu, &flight.batch.tokens, weights[0], dim, &mut flight.streams[0][..n * dim]);
         let mut kept = mem::take(&mut self.memory.layer);
@@ -75,13 +75,14 @@ impl<E: Element> Model<E> {
 
     /// Takes memory for a micro-batch that does not come back: one layer, and the residual
     /// stream after it.
-    fn reserve_forward(&mut self, flight: &mut Flight<E>) {
+    fn reserve_forward(&mut self, cpu: &Cpu, flight: &mut Flight<E>) {
         let (n, layout) = (flight.batch.tokens.len(), &self.layout);
         flight.streams.resize_with(2, Vec::new);
-        flight.streams.iter_mut().for_each(|stream| grow(stream, n * layout.dim));
+        flight.streams.iter_mut().for_each(|stream| fit(stream, n * layout.dim));
         self.memory.layer.reserve(layout, n);
-        grow(&mut self.memory.normed, n * layout.dim);
-        grow(&mut self.memory.product, n * layout.hidden);
+        fit(&mut self.memory.normed, n * layout.dim);
+        fit(&mut self.memory.product, n * layout.hidden);
+        reserve_packed(&mut self.memory.packed, layout, cpu.family());
     }
 
     /// Final norm, head and logarithms for the rows that count, a chunk of logits at a time;
@@ -97,8 +98,8 @@ impl<E: Element> Model<E> {
             targets.push(batch.targets[row]);
         }
         let (n, chunk) = (targets.len(), logit_rows::<E>(vocab).0);
-        grow(&mut m.logits, chunk.min(n) * vocab);
-        grow(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
+        fit(&mut m.logits, chunk.min(n) * vocab);
+        fit(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
         let head = View::rows_of(&w[self.layout.head_weight.clone()], dim);
         let head = matmul::pack(cpu, head.t(), &mut m.head[0]);
         let (mut log_probs, mut greedy) = (vec![0.0; n], vec![false; n]);

@@ -89,7 +89,7 @@ impl<'a> World<'a> {
         let rest = 2 * d + qkv + heads + 2 * h;
         let rests = if self.demand.recompute { 1 } else { layers * depth };
         bytes += 4 * tokens * (d * (layers + 1) * depth + rest * rests);
-        bytes += 4 * tokens * (5 * d + qkv + 3 * h);
+        bytes += 4 * tokens * (6 * d + qkv + 3 * h) + 4 * d * (qkv + d + 3 * h);
         if units.end == self.units() {
             let rows = |logits: u64| tokens.min((logits / v / 256).max(1) * 256);
             bytes += 4 * v * (rows(1 << 23) + rows(1 << 24) + 2 * d);
