@@ -16,9 +16,6 @@ pub enum CpuError {
     },
 }
 
-/// Rows of a task that does several operations, at most.
-const CHAIN_ROWS: usize = 96;
-
 /// The processor as the kernels use it. Number of threads: speed only. Family: bits.
 #[derive(Debug)]
 pub struct Cpu {
@@ -65,12 +62,10 @@ impl Cpu {
     }
 
     /// Rows that a task takes which does several operations one after the other on its rows, of `rows`
-    /// that there are: so few that what lies between the operations stays in the second-level cache,
-    /// and where tasks are few, as many for each thread. A multiple of
-    /// [`rmsnorm::ROWS`](crate::rmsnorm::ROWS).
+    /// that there are. A multiple of [`rmsnorm::ROWS`](crate::rmsnorm::ROWS).
     #[must_use]
     pub fn rows_per_task(&self, rows: usize) -> usize {
-        matmul::task_rows(rows, [CHAIN_ROWS, rmsnorm::ROWS], 1, self.threads())
+        matmul::task_rows(rows, rmsnorm::ROWS, 1, self.threads())
     }
 
     /// Runs `f` on each part with its number, in any order. Tuples of parts are dealt together.

@@ -161,7 +161,7 @@ where
     check(&a, b, &c);
     let task_cols = if c.rows <= FEW_ROWS { FEW_COLS } else { TASK_COLS };
     let col_tasks = c.cols.div_ceil(task_cols);
-    let task_rows = task_rows(c.rows, [TASK_ROWS, E::tiles(cpu.family()).height], col_tasks, cpu.threads());
+    let task_rows = task_rows(c.rows, E::tiles(cpu.family()).height, col_tasks, cpu.threads());
     let row_tasks = c.rows.div_ceil(task_rows);
     let target = Target::new(c.data);
     cpu.for_each(row_tasks * col_tasks, |task| {
@@ -177,18 +177,17 @@ where
     });
 }
 
-/// Rows that a task computes, at most and in multiples of what is given: where tasks are few, so many
-/// that each thread has as many.
-pub(crate) fn task_rows(
-    rows: usize,
-    [most, multiple]: [usize; 2],
-    col_tasks: usize,
-    threads: usize,
-) -> usize {
-    let fewest = rows.div_ceil(most).max(1);
-    let few = rows > FEW_ROWS && fewest * col_tasks < 8 * threads;
-    let tasks = if few { fewest.next_multiple_of(threads) } else { fewest };
-    rows.div_ceil(tasks).next_multiple_of(multiple).clamp(multiple, most)
+/// Rows that a task computes: of the multiples in the larger half up to [`TASK_ROWS`] the one with
+/// which threads that take one task after the other are done first.
+pub(crate) fn task_rows(rows: usize, multiple: usize, col_tasks: usize, threads: usize) -> usize {
+    let shared = if rows > FEW_ROWS { rows.div_ceil(threads) } else { rows };
+    let least = shared.min(TASK_ROWS / 2).next_multiple_of(multiple).max(multiple);
+    let done = |size: usize| {
+        let (whole, rest) = (rows / size * col_tasks, rows % size);
+        let last = if whole.is_multiple_of(threads) { rest * col_tasks.div_ceil(threads) } else { size };
+        whole / threads * size + last
+    };
+    (least..TASK_ROWS + 1).step_by(multiple).rev().min_by_key(|size| done(*size)).unwrap_or(TASK_ROWS)
 }
 
 /// As [`product`], on this thread alone: for tasks that are made of several operations.
@@ -536,6 +535,18 @@ mod tests {
     fn many_tasks_and_part_of_a_packed_factor_give_the_same_bits() {
         many_tasks::<f32>(35);
         many_tasks::<Bf16>(35);
+    }
+
+    #[test]
+    fn tasks_are_as_large_as_leaves_no_thread_waiting() {
+        // 22 tasks of 186 rows and one of 4; two of 144; six of 144; where there is one, the largest.
+        let of = |rows, threads| task_rows(rows, 6, 1, threads);
+        assert_eq!([of(4096, 2), of(288, 2), of(864, 2), of(4096, 1)], [186, 144, 144, 192]);
+        assert_eq!(
+            [task_rows(4096, 32, 1, 2), task_rows(1, 32, 1, 2), task_rows(100, 32, 1, 2)],
+            [128, 192, 64]
+        );
+        assert!((1..2000).all(|rows| (1..9).all(|threads| (6..=TASK_ROWS).contains(&of(rows, threads)))));
     }
 
     #[test]
