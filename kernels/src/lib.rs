@@ -13,9 +13,10 @@
 //!   [`Real::exp`], the rest comes from the `libm` crate.
 //!
 //! Loops are compiled once for each family by the `kernel!` macro; the multiply-add bodies of
-//! matrix products are those of the `gemm` project. [`Cpu`] carries the thread pool and the
+//! f32 and f64 products are those of the `gemm` project. [`Cpu`] carries the thread pool and the
 //! family, and is the first argument of every operation: the place where another device
-//! would come in.
+//! would come in. What is named `…_rows` takes a [`Family`] instead and is one thread's work on
+//! some rows, for a task that does several operations on them ([`Cpu::deal`]).
 
 mod cpu;
 #[macro_use]
