@@ -1,6 +1,6 @@
 //! Checksums of values as they lie in memory, to see whether they change behind our back.
 
-use crate::{Cpu, Element};
+use crate::{Cpu, Element, crc};
 use rayon::prelude::*;
 
 /// Elements that a thread takes at a time; part of the checksum's definition.
@@ -24,7 +24,7 @@ fn chunks<E: Element>(cpu: &Cpu, vectors: &[&[E]]) -> Vec<u32> {
 
 /// Of one chunk.
 pub(crate) fn chunk<E: Element>(values: &[E]) -> u32 {
-    crc32c::crc32c(bytemuck::cast_slice(values))
+    crc::crc32c(bytemuck::cast_slice(values))
 }
 
 /// Of chunks' checksums.

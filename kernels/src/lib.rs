@@ -25,6 +25,7 @@ pub mod adamw;
 pub mod add;
 pub mod attention;
 pub mod checksum;
+mod crc;
 pub mod cross_entropy;
 mod element;
 pub mod embedding;

@@ -150,19 +150,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     engine.run(Task::Place { units: 0..model.units() })?;
     engine.run(Task::Init { slices: slices.clone(), part: Part::State })?;
     let init = start.elapsed();
-    let mut times = Vec::new();
-    let (mut loss, mut parts) = (0.0, [0.0; 3]);
+    let (mut loss, mut times) = (0.0, [const { Vec::new() }; 4]);
     for step in (1..=steps + 2).map(Step) {
+        let parts;
         (loss, parts) = train(&mut engine, step, &slices)?;
+        let all: f64 = parts.iter().sum();
         if step.0 > 2 {
-            times.push(parts.iter().sum());
+            times.iter_mut().zip([all].into_iter().chain(parts)).for_each(|(times, part)| times.push(part));
         }
     }
     let memory = Memory::estimate(&model, &spec.batch, precision, recompute, 1, 1);
     let cores = std::thread::available_parallelism().map_or(threads, |cores| threads.min(cores.get()));
     let peak = caravan_engine::peak(&spec.numerics, threads).unwrap_or(f64::NAN) * cores as f64;
-    times.sort_by(f64::total_cmp);
-    let (median, tokens) = (times[times.len() / 2], (sequences * length) as f64);
+    let [median, compute, reduce, apply] = times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    });
+    let tokens = (sequences * length) as f64;
     let flops = model.train_flops_per_token(length as u32) * tokens;
     println!(
         "caravan {preset} {precision}/{family} threads={threads} batch={sequences}x{length} params={:.1}M loss={loss:.4} \
@@ -173,9 +177,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         tokens / median,
         flops / median / 1e9,
         100.0 * spec.mfu(median, peak),
-        parts[0] * 1e3,
-        parts[1] * 1e3,
-        parts[2] * 1e3,
+        compute * 1e3,
+        reduce * 1e3,
+        apply * 1e3,
         init.as_secs_f64() * 1e3,
         most_memory().map_or("?".into(), |bytes| format!("{:.0}", bytes as f64 / 1e6)),
         memory.total() as f64 / 1e6,

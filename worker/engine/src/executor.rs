@@ -461,8 +461,11 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
         }
         let slice = self.state.slice(id)?;
         let flaw = self.flaw.take_if(|flaw| matches!(flaw, Flaw::Sum(_))).map(Flaw::bit);
-        let (values, gradient) = self.gradients.reduce(&self.cpu, step, id, slice, flaw)?;
-        let norms = squared_norm::squared_norms(&self.cpu, values, BLOCK as usize);
+        let Self { cpu, gradients, .. } = self;
+        let (norms, gradient) = cpu.install(|| {
+            let (values, gradient) = gradients.reduce(cpu, step, id, slice, flaw)?;
+            Ok::<_, EngineError>((squared_norm::squared_norms(cpu, values, BLOCK as usize), gradient))
+        })?;
         Ok(Some(Done::Reduced { generation, step, slice: id, norms, gradient }))
     }
 
@@ -482,13 +485,16 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             weight_decay: recipe.weight_decay,
             scale: recipe.clip_scale(norm),
         };
-        let mut sums = Vec::with_capacity(slices.len());
-        for id in slices.iter() {
-            self.watch.begin(Doing::Applying);
-            let gradient = self.gradients.sound(&self.cpu, step, id, self.state.slice(id)?)?;
-            let flaw = self.flaw.take_if(|flaw| matches!(flaw, Flaw::Update(_))).map(Flaw::bit);
-            sums.push((id, self.state.apply(&self.cpu, id, &update, gradient, flaw)?));
-        }
+        let Self { cpu, state, gradients, watch, flaw, .. } = self;
+        let sums = cpu.install(|| {
+            let apply = |id| {
+                watch.begin(Doing::Applying);
+                let gradient = gradients.sound(cpu, step, id, state.slice(id)?)?;
+                let flaw = flaw.take_if(|flaw| matches!(flaw, Flaw::Update(_))).map(Flaw::bit);
+                Ok((id, state.apply(cpu, id, &update, gradient, flaw)?))
+            };
+            slices.iter().map(apply).collect::<Result<_, EngineError>>()
+        })?;
         self.gradients.applied(step, slices);
         Ok(sums)
     }
