@@ -24,6 +24,7 @@ mod family;
 pub mod adamw;
 pub mod add;
 pub mod attention;
+mod buffer;
 pub mod checksum;
 mod crc;
 pub mod cross_entropy;
@@ -41,6 +42,7 @@ pub mod squared_norm;
 pub mod swiglu;
 mod target;
 
+pub use buffer::Buffer;
 pub use cpu::{Cpu, CpuError};
 pub use element::{Bf16, Element};
 pub use family::Family;

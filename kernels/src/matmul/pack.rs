@@ -9,7 +9,7 @@
 
 use super::{TASK_ROWS, Tiles, View};
 use crate::target::Target;
-use crate::{Cpu, Element, Family, scratch};
+use crate::{Buffer, Cpu, Element, Family, scratch};
 use std::ops::Range;
 
 /// The right factor of a product, packed for one family.
@@ -37,7 +37,7 @@ impl<E> Packed<'_, E> {
 /// A right factor that is packed once and kept.
 #[derive(Debug)]
 pub struct Factor<E> {
-    data: Vec<E>,
+    data: Buffer<E>,
     depth: usize,
     cols: usize,
 }
@@ -46,7 +46,7 @@ impl<E: Element> Factor<E> {
     /// Packs it.
     #[must_use]
     pub fn new(cpu: &Cpu, b: View<'_, E>) -> Self {
-        let mut data = vec![E::default(); packed_len::<E>(b.rows, b.cols, cpu.family())];
+        let mut data = Buffer::zeros(packed_len::<E>(b.rows, b.cols, cpu.family()));
         pack(cpu, b, &mut data);
         Self { data, depth: b.rows, cols: b.cols }
     }

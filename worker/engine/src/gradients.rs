@@ -6,7 +6,7 @@
 
 use crate::EngineError;
 use caravan_kernels::checksum::{checksum, flip};
-use caravan_kernels::{Cpu, add};
+use caravan_kernels::{Buffer, Cpu, add};
 use caravan_types::peer::Key;
 use caravan_types::{Checksum, Lane, MicroId, Node, Slice, SliceId, SliceSet, Step, Subject};
 use std::borrow::Cow;
@@ -42,11 +42,11 @@ pub(crate) struct Gradients {
     /// The step that `own` is for.
     step: Option<Step>,
     /// Sums computed here, from left to right, no two of them siblings.
-    own: Vec<(Node, Vec<f32>)>,
+    own: Vec<(Node, Buffer<f32>)>,
     /// The lane that is being added up.
-    open: Option<(Lane, Vec<f32>)>,
+    open: Option<(Lane, Buffer<f32>)>,
     /// Buffers not in use.
-    spare: Vec<Vec<f32>>,
+    spare: Vec<Buffer<f32>>,
     /// Sums of others.
     received: BTreeMap<(Step, SliceId, Node), Vec<f32>>,
     finals: Vec<Final>,
@@ -102,12 +102,12 @@ impl Gradients {
                     add::zero(cpu, &mut buffer);
                     buffer
                 }
-                None => vec![0.0; (self.stage.end - self.stage.start) as usize],
+                None => Buffer::zeros((self.stage.end - self.stage.start) as usize),
             };
             self.open = Some((micro.lane, buffer));
         }
         let open = self.open.as_mut().filter(|(lane, _)| *lane == micro.lane);
-        open.map(|(_, buffer)| buffer.as_mut_slice())
+        open.map(|(_, buffer)| &mut **buffer)
     }
 
     /// Where a slice's elements are within our stage's.
@@ -151,7 +151,7 @@ impl Gradients {
 
     /// The sums that were computed here, over our stage's elements.
     pub(crate) fn own_sums(&self) -> impl Iterator<Item = &[f32]> {
-        self.own.iter().map(|(_, sum)| sum.as_slice())
+        self.own.iter().map(|(_, sum)| &**sum)
     }
 
     /// A sum that was computed here.

@@ -19,7 +19,7 @@
 
 use crate::EngineError;
 use crate::layout::Layout;
-use caravan_kernels::{Cpu, Element, Family, Real, add, embedding, matmul, rmsnorm, rope};
+use caravan_kernels::{Buffer, Cpu, Element, Family, Real, add, embedding, matmul, rmsnorm, rope};
 use caravan_types::{MicroBatch, ModelShape};
 use std::mem;
 use std::ops::Range;
@@ -40,25 +40,25 @@ pub type Stop<'a> = dyn Fn(u32) -> bool + Sync + 'a;
 #[derive(Debug, Default)]
 struct Kept<E: Element> {
     /// Rotated queries and keys, and values.
-    qkv: Vec<E>,
+    qkv: Buffer<E>,
     /// Output of attention, [dim].
-    attention: Vec<E>,
+    attention: Buffer<E>,
     /// Logarithms of attention's sums, [heads].
-    lse: Vec<E::Sum>,
+    lse: Buffer<E::Sum>,
     /// The residual stream between attention and feed-forward network, [dim].
-    middle: Vec<E::Sum>,
+    middle: Buffer<E::Sum>,
     /// Gate and up, [2·hidden].
-    gate_up: Vec<E>,
+    gate_up: Buffer<E>,
 }
 
 impl<E: Element> Kept<E> {
     /// Takes memory for `n` tokens.
     fn reserve(&mut self, layout: &Layout, n: usize) {
-        fit(&mut self.qkv, n * layout.qkv());
-        fit(&mut self.attention, n * layout.dim);
-        fit(&mut self.lse, n * layout.heads);
-        fit(&mut self.middle, n * layout.dim);
-        fit(&mut self.gate_up, n * 2 * layout.hidden);
+        self.qkv.fit(n * layout.qkv());
+        self.attention.fit(n * layout.dim);
+        self.lse.fit(n * layout.heads);
+        self.middle.fit(n * layout.dim);
+        self.gate_up.fit(n * 2 * layout.hidden);
     }
 }
 
@@ -68,29 +68,29 @@ struct Memory<E: Element> {
     /// Of the layer at hand, where flights keep nothing of it.
     layer: Kept<E>,
     /// Normalised rows, [dim].
-    normed: Vec<E>,
+    normed: Buffer<E>,
     /// The product of gate and up, and its gradient, [hidden].
-    product: Vec<E>,
+    product: Buffer<E>,
     /// Gradient of gate and up, [2·hidden].
-    dgate_up: Vec<E>,
+    dgate_up: Buffer<E>,
     /// Gradient of queries, keys and values.
-    dqkv: Vec<E>,
+    dqkv: Buffer<E>,
     /// Gradient of what attention put out, [dim].
-    dattention: Vec<E>,
+    dattention: Buffer<E>,
     /// Gradient of what a norm put out, [dim].
-    dnormed: Vec<E::Sum>,
+    dnormed: Buffer<E::Sum>,
     /// Gradient of the residual stream, [dim], and the same as a factor of products.
-    dstream: Vec<E::Sum>,
-    rounded: [Vec<E>; 2],
+    dstream: Buffer<E::Sum>,
+    rounded: [Buffer<E>; 2],
     /// Of the gradient of a norm's gain, of some rows each.
-    shares: Vec<E::Sum>,
+    shares: Buffer<E::Sum>,
     /// A layer's matrices, packed.
-    packed: Vec<E>,
+    packed: Buffer<E>,
     /// A chunk of logits, and their gradient.
-    logits: Vec<E::Sum>,
-    dlogits: Vec<E>,
+    logits: Buffer<E::Sum>,
+    dlogits: Buffer<E>,
     /// The head, packed for logits and for the gradient of their input.
-    head: [Vec<E>; 2],
+    head: [Buffer<E>; 2],
     /// Each token's loss.
     losses: Vec<f64>,
 }
@@ -100,7 +100,7 @@ struct Memory<E: Element> {
 pub struct Flight<E: Element> {
     batch: MicroBatch,
     /// The residual stream before each layer of the stage and after the last one, [dim].
-    streams: Vec<Vec<E::Sum>>,
+    streams: Vec<Buffer<E::Sum>>,
     /// One a layer of the stage; none where layers are recomputed.
     kept: Vec<Kept<E>>,
 }
@@ -331,31 +331,31 @@ impl<E: Element> Model<E> {
         let Layout { dim, hidden, vocab, .. } = self.layout;
         let qkv = self.layout.qkv();
         let layers = self.layers().len();
-        flight.streams.resize_with(layers + 1, Vec::new);
-        flight.streams.iter_mut().for_each(|stream| fit(stream, n * dim));
+        flight.streams.resize_with(layers + 1, Buffer::default);
+        flight.streams.iter_mut().for_each(|stream| stream.fit(n * dim));
         flight.kept.resize_with(if self.recompute { 0 } else { layers }, Kept::default);
         flight.kept.iter_mut().for_each(|kept| kept.reserve(&self.layout, n));
         let m = &mut self.memory;
         if self.recompute {
             m.layer.reserve(&self.layout, n);
         }
-        fit(&mut m.normed, n * dim);
-        fit(&mut m.product, n * hidden);
-        fit(&mut m.dgate_up, n * 2 * hidden);
-        fit(&mut m.dqkv, n * qkv);
-        fit(&mut m.dattention, n * dim);
-        fit(&mut m.dnormed, n * dim);
-        fit(&mut m.dstream, n * dim);
-        m.rounded.iter_mut().for_each(|rounded| fit(rounded, n * dim));
-        fit(&mut m.shares, rmsnorm::shares(n, dim));
+        m.normed.fit(n * dim);
+        m.product.fit(n * hidden);
+        m.dgate_up.fit(n * 2 * hidden);
+        m.dqkv.fit(n * qkv);
+        m.dattention.fit(n * dim);
+        m.dnormed.fit(n * dim);
+        m.dstream.fit(n * dim);
+        m.rounded.iter_mut().for_each(|rounded| rounded.fit(n * dim));
+        m.shares.fit(rmsnorm::shares(n, dim));
         reserve_packed(&mut m.packed, &self.layout, cpu.family());
         if self.units.end == self.layout.units() {
             let (rows, share) = logit_rows::<E>(vocab);
-            fit(&mut m.logits, rows.min(n) * vocab);
-            fit(&mut m.dlogits, share.min(n) * vocab);
-            fit(&mut m.losses, n);
-            fit(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
-            fit(&mut m.head[1], matmul::packed_len::<E>(vocab, dim, cpu.family()));
+            m.logits.fit(rows.min(n) * vocab);
+            m.dlogits.fit(share.min(n) * vocab);
+            m.losses.resize(n, 0.0);
+            m.head[0].fit(matmul::packed_len::<E>(dim, vocab, cpu.family()));
+            m.head[1].fit(matmul::packed_len::<E>(vocab, dim, cpu.family()));
         }
     }
 
@@ -394,19 +394,14 @@ impl<E: Element> Model<E> {
     }
 }
 
-/// Gives a buffer its length. In a run all micro-batches have one, so that it is given once.
-fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
-    buffer.resize(len, T::default());
-}
-
 /// Takes memory for a layer's matrices as they are packed forward and back.
-fn reserve_packed<E: Element>(packed: &mut Vec<E>, layout: &Layout, family: Family) {
+fn reserve_packed<E: Element>(packed: &mut Buffer<E>, layout: &Layout, family: Family) {
     let Layout { dim, hidden, .. } = *layout;
     let matrices = [[layout.qkv(), dim], [dim, dim], [2 * hidden, dim], [dim, hidden]];
     let len = |[depth, cols]: [usize; 2]| matmul::packed_len::<E>(depth, cols, family);
     let back: usize = matrices.into_iter().map(len).sum();
     let forward: usize = matrices.into_iter().map(|[out, inputs]| len([inputs, out])).sum();
-    fit(packed, back.max(forward));
+    packed.fit(back.max(forward));
 }
 
 /// Whether a micro-batch can be computed: what comes from data is checked here, once, so that

@@ -15,7 +15,7 @@
 use crate::{EngineError, init};
 use caravan_kernels::adamw::{Sums, Trained, Update, adamw};
 use caravan_kernels::checksum::{checksum, flip};
-use caravan_kernels::{Bf16, Cpu, Element, add};
+use caravan_kernels::{Bf16, Buffer, Cpu, Element, add};
 use caravan_types::{
     Checksum, ModelShape, Part, Slice, SliceId, SliceSum, SliceTable, Step, Subject, UnitId,
 };
@@ -32,9 +32,9 @@ impl Weight for Bf16 {}
 struct Moments {
     step: Step,
     /// Empty where the weights are the master weights.
-    master: Vec<f32>,
-    m: Vec<f32>,
-    v: Vec<f32>,
+    master: Buffer<f32>,
+    m: Buffer<f32>,
+    v: Buffer<f32>,
 }
 
 /// What is held of one slice.
@@ -56,7 +56,7 @@ pub(crate) struct State<E> {
     seed: u64,
     table: SliceTable,
     /// Elements of each unit that is here; else empty.
-    units: Vec<Vec<E>>,
+    units: Vec<Buffer<E>>,
     /// Slices of each unit.
     by_unit: Vec<Range<usize>>,
     /// Weights of each slice that is here while its unit is not; else empty.
@@ -75,7 +75,7 @@ impl<E: Weight> State<E> {
         Self {
             shape: shape.clone(),
             seed,
-            units: vec![Vec::new(); shape.units() as usize],
+            units: vec![Buffer::default(); shape.units() as usize],
             by_unit: (0..shape.units()).map(of).collect(),
             loose: vec![Vec::new(); table.len()],
             held,
@@ -102,7 +102,7 @@ impl<E: Weight> State<E> {
                 continue;
             }
             let range = self.shape.unit_range(UnitId(unit as u32));
-            let mut elements = vec![E::default(); (range.end - range.start) as usize];
+            let mut elements = Buffer::zeros((range.end - range.start) as usize);
             for id in self.by_unit[unit].clone() {
                 let loose = std::mem::take(&mut self.loose[id]);
                 if !loose.is_empty() {
@@ -162,8 +162,8 @@ impl<E: Weight> State<E> {
                 return Err(EngineError::WeightsAt { slice, expected: step, found });
             }
         }
-        let here = |(u, unit): (usize, &'_ Vec<E>)| units.contains(&u) && !unit.is_empty();
-        let pick = |(u, unit)| if here((u, unit)) { unit.as_slice() } else { &[][..] };
+        let here = |(u, unit): (usize, &'_ Buffer<E>)| units.contains(&u) && !unit.is_empty();
+        let pick = |(u, unit)| if here((u, unit)) { &**unit } else { &[] };
         Ok(self.units.iter().enumerate().map(pick).collect())
     }
 
@@ -190,7 +190,7 @@ impl<E: Weight> State<E> {
         if found != Some(step) {
             return Err(EngineError::WeightsAt { slice: id, expected: step, found });
         }
-        match self.units[unit].as_slice() {
+        match &*self.units[unit] {
             [] => Ok(&self.loose[id.0 as usize]),
             elements => Ok(&elements[self.within(id.0 as usize)]),
         }
@@ -241,12 +241,12 @@ impl<E: Weight> State<E> {
         let moments = self.held[id.0 as usize].moments.as_ref();
         match moments {
             Some(Moments { step: at, master, m, v }) if *at == step => {
-                let mut state: Vec<f32> = match master.as_slice() {
+                let mut state: Vec<f32> = match &**master {
                     [] => self.slice_weights(id, step)?.iter().map(|w| w.widen()).collect(),
                     master => master.to_vec(),
                 };
-                state.extend(m);
-                state.extend(v);
+                state.extend_from_slice(m);
+                state.extend_from_slice(v);
                 Ok(state)
             }
             other => {
@@ -286,9 +286,9 @@ impl<E: Weight> State<E> {
         let (master, moments) = new.split_at(weights.len());
         let (m, v) = moments.split_at(weights.len());
         add::narrow(cpu, weights, master);
-        let master = if E::IS_SUM { Vec::new() } else { master.to_vec() };
+        let master = if E::IS_SUM { Buffer::default() } else { Buffer::from(master) };
         held.weights = Some(step);
-        held.moments = Some(Moments { step, master, m: m.to_vec(), v: v.to_vec() });
+        held.moments = Some(Moments { step, master, m: Buffer::from(m), v: Buffer::from(v) });
         self.sum_up(cpu, id).map(|_| ())
     }
 

@@ -9,7 +9,7 @@
 //! a row is one that the first row has, too. So a text's scores have the same bits alone and
 //! among any others.
 
-use super::{Flight, Model, check, fit, logit_rows, reserve_packed};
+use super::{Flight, Model, check, logit_rows, reserve_packed};
 use caravan_kernels::{Cpu, Element, View, ViewMut, embedding, log_prob, matmul};
 use caravan_types::MicroBatch;
 use std::mem;
@@ -77,11 +77,11 @@ impl<E: Element> Model<E> {
     /// stream after it.
     fn reserve_forward(&mut self, cpu: &Cpu, flight: &mut Flight<E>) {
         let (n, layout) = (flight.batch.tokens.len(), &self.layout);
-        flight.streams.resize_with(2, Vec::new);
-        flight.streams.iter_mut().for_each(|stream| fit(stream, n * layout.dim));
+        flight.streams.resize_with(2, Default::default);
+        flight.streams.iter_mut().for_each(|stream| stream.fit(n * layout.dim));
         self.memory.layer.reserve(layout, n);
-        fit(&mut self.memory.normed, n * layout.dim);
-        fit(&mut self.memory.product, n * layout.hidden);
+        self.memory.normed.fit(n * layout.dim);
+        self.memory.product.fit(n * layout.hidden);
         reserve_packed(&mut self.memory.packed, layout, cpu.family());
     }
 
@@ -98,8 +98,8 @@ impl<E: Element> Model<E> {
             targets.push(batch.targets[row]);
         }
         let (n, chunk) = (targets.len(), logit_rows::<E>(vocab).0);
-        fit(&mut m.logits, chunk.min(n) * vocab);
-        fit(&mut m.head[0], matmul::packed_len::<E>(dim, vocab, cpu.family()));
+        m.logits.fit(chunk.min(n) * vocab);
+        m.head[0].fit(matmul::packed_len::<E>(dim, vocab, cpu.family()));
         let head = View::rows_of(&w[self.layout.head_weight.clone()], dim);
         let head = matmul::pack(cpu, head.t(), &mut m.head[0]);
         let (mut log_probs, mut greedy) = (vec![0.0; n], vec![false; n]);
