@@ -65,16 +65,12 @@ pub fn rope<E: Element>(
     let family = cpu.family();
     cpu.install(|| {
         rows.par_chunks_mut(ROWS * width).enumerate().for_each(|(chunk, rows)| {
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let position = first + (chunk * ROWS + i) % length;
-                let turns = &table.turns[position * 2 * table.half..][..2 * table.half];
-                turn_row(family, &mut row[..turned], turns, turn == Turn::Backward);
-            }
+            rope_rows(family, rows, (width, turned), [first, chunk * ROWS, length], table, turn);
         });
     });
 }
 
-/// As [`rope`], on this thread alone, for the rows from row `row` on of sequences of `length`.
+/// As [`rope`], on this thread alone, for the rows from row `row` on.
 ///
 /// # Panics
 /// Where the table is too short or sizes do not fit.
@@ -82,13 +78,14 @@ pub fn rope_rows<E: Element>(
     family: Family,
     rows: &mut [E],
     (width, turned): (usize, usize),
-    (row, length): (usize, usize),
+    [first, row, length]: [usize; 3],
     table: &Table<E::Sum>,
     turn: Turn,
 ) {
     assert!(turned <= width && turned.is_multiple_of(2 * table.half) && rows.len().is_multiple_of(width));
     for (i, values) in rows.chunks_exact_mut(width).enumerate() {
-        let turns = &table.turns[(row + i) % length * 2 * table.half..][..2 * table.half];
+        let position = first + (row + i) % length;
+        let turns = &table.turns[position * 2 * table.half..][..2 * table.half];
         turn_row(family, &mut values[..turned], turns, turn == Turn::Backward);
     }
 }

@@ -10,6 +10,7 @@
 // Tiles are reached through inline assembly, and read and write through raw pointers.
 #![allow(unsafe_code)]
 
+use super::Sums;
 use super::pack::STEP;
 use super::tiles::Call;
 use crate::Bf16;
@@ -156,11 +157,11 @@ pub(super) unsafe fn tiles(call: &Call<Bf16>) {
         // SAFETY: the caller's promise.
         return unsafe { compute(call, call.c, call.c_stride) };
     }
-    let mut sums = [0.0f32; 4 * SIDE * SIDE];
+    let mut sums = Sums::new();
     // SAFETY: the caller's promise; there is room for the largest block.
-    unsafe { compute(call, sums.as_mut_ptr(), 2 * SIDE) };
-    // SAFETY: the caller's promise.
-    unsafe { put(call, &sums) };
+    unsafe { compute(call, sums.start(), 2 * SIDE) };
+    // SAFETY: the caller's promise; what is read was stored just now, in whole vectors.
+    unsafe { put(call, sums.start()) };
 }
 
 /// # Safety
@@ -224,12 +225,15 @@ unsafe fn compute(call: &Call<Bf16>, to: *mut f32, stride: usize) {
 /// Sets the sums in memory, or adds to them.
 ///
 /// # Safety
-/// As for `Multiply`.
-unsafe fn put(call: &Call<Bf16>, sums: &[f32; 4 * SIDE * SIDE]) {
-    for (i, row) in sums.chunks_exact(2 * SIDE).take(call.rows).enumerate() {
+/// As for `Multiply`; as many sums are at `sums`, in rows of two tiles.
+#[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
+unsafe fn put(call: &Call<Bf16>, sums: *const f32) {
+    for i in 0..call.rows {
         // SAFETY: the caller's promise.
         let to = unsafe { std::slice::from_raw_parts_mut(call.c.add(i * call.c_stride), call.cols) };
-        for (to, sum) in to.iter_mut().zip(row) {
+        // SAFETY: the caller's promise.
+        let sums = unsafe { std::slice::from_raw_parts(sums.add(i * 2 * SIDE), call.cols) };
+        for (to, sum) in to.iter_mut().zip(sums) {
             *to = if call.add { *to + *sum } else { *sum };
         }
     }
@@ -258,7 +262,7 @@ pub(super) unsafe fn vectors(call: &Call<Bf16>) {
         }
     }
     // SAFETY: the caller's promise.
-    unsafe { put(call, &sums) };
+    unsafe { put(call, sums.as_ptr()) };
 }
 
 /// One row of a tile.

@@ -312,8 +312,8 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
                 self.blocks(tiles, left, (row, rows), (j, cols), ks, at.cast(), self.stride, add)
             };
         }
-        let mut sums = MaybeUninit::<[E::Sum; TILE]>::uninit();
-        let sums = sums.as_mut_ptr().cast::<E::Sum>();
+        let mut sums = Sums::<E::Sum>::new();
+        let sums = sums.start();
         // SAFETY: the caller's promise; `sums` has room for the largest tile.
         unsafe { self.blocks(tiles, left, (row, rows), (j, cols), ks, sums, cols, false) };
         // SAFETY: so many sums were set just now.
@@ -367,6 +367,21 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
 
 /// Elements of the largest tile: 32 · 32 in AMX.
 const TILE: usize = 1024;
+
+/// Room for a tile's sums, whose rows start where cache lines do.
+#[repr(align(64))]
+struct Sums<R>(MaybeUninit<[R; TILE]>);
+
+impl<R> Sums<R> {
+    fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    /// The first one.
+    fn start(&mut self) -> *mut R {
+        self.0.as_mut_ptr().cast()
+    }
+}
 
 kernel! {
     /// Rounds finished sums.

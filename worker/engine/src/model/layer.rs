@@ -46,7 +46,7 @@ impl<E: Element> Model<E> {
         cpu.deal((parts, qkv.par_chunks_mut(rows * width)), |task, ((input, normed), qkv)| {
             rmsnorm::forward_rows(family, input, before, epsilon, normed);
             times(family, normed, &w_qkv, qkv, Into::Set);
-            let place = (task * rows, batch.length);
+            let place = [0, task * rows, batch.length];
             rope::rope_rows(family, qkv, (width, turned), place, turns, Turn::Forward);
         });
         let inputs = Inputs::fused(qkv, &shape, &batch.document_start);
@@ -163,7 +163,7 @@ impl<E: Element> Model<E> {
         let to = (m.dstream.par_chunks_mut(rows * dim), m.rounded[0].par_chunks_mut(rows * dim));
         let to = (to, m.shares.par_chunks_mut(rmsnorm::shares(rows, dim)));
         cpu.deal((parts, (norm, to)), |task, ((dqkv, dnormed), ((x, normed), (out, shares)))| {
-            let place = (task * rows, length);
+            let place = [0, task * rows, length];
             rope::rope_rows(family, dqkv, (width, turned), place, turns, Turn::Backward);
             times(family, dqkv, qkv, dnormed, Into::Set);
             rmsnorm::forward_rows(family, x, gain, epsilon, normed);
