@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 /// a few seconds for what takes one.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Between two looks.
+const PAUSE: Duration = Duration::from_millis(5);
+
 /// The release binary, built from the sources as they are.
 ///
 /// # Panics
@@ -252,13 +255,26 @@ impl Running {
         kill(self.pid(), signal);
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has ended: for as long as it says something now and then, since a whole run on
+    /// a machine that does much else may take any time.
     ///
     /// # Panics
-    /// Where it does not.
+    /// Where it falls silent and does not end.
     #[must_use]
     pub fn end(mut self) -> Ended {
-        let status = until("the end of a process", || self.child.try_wait().unwrap());
+        let mut heard = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            let before = self.seen.len();
+            self.seen.extend(self.lines.try_iter());
+            if self.seen.len() > before {
+                heard = Instant::now();
+            }
+            assert!(heard.elapsed() < PATIENCE, "silent for {PATIENCE:?} since:\n{}", self.seen.join("\n"));
+            std::thread::sleep(PAUSE);
+        };
         self.seen.extend(self.lines.iter());
         let stdout = self.stdout.take().map_or_else(String::new, |t| t.join().unwrap());
         Ended { status, stdout, stderr: self.seen.join("\n") }
@@ -316,7 +332,7 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
             return answer;
         }
         assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(PAUSE);
     }
 }
 
