@@ -18,6 +18,7 @@ mod amx;
 mod pack;
 mod pairs;
 mod tiles;
+mod turn;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::has as has_amx;
