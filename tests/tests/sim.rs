@@ -24,15 +24,25 @@ fn the_same_seed_twice_gives_the_same_bytes() {
 }
 
 #[test]
-fn any_number_of_workers_stages_and_owners_gives_the_bits_of_one() {
+fn any_number_of_workers_stages_and_owners_gives_the_bits_of_one_with_and_without_recompute() {
     let truths = Truths::default();
-    for workers in 1..=5 {
+    for (workers, recompute) in (1..=5).flat_map(|workers| [(workers, [false; 4]), (workers, [true; 4])]) {
         for (stages, redundancy) in [(None, 1), (Some(1), 2), (Some(2), 3), (Some(5), 2)] {
-            let options = Options { workers, stages, redundancy, seed: 1, ..Options::quiet(8, 2, 6) };
+            let quiet = Options::quiet(8, 2, 6);
+            let options = Options { workers, stages, redundancy, recompute, seed: 1, ..quiet };
             let (outcome, _) = run(&options, Some(&truths.of(&options))).unwrap();
             assert_eq!(outcome.farewell, Some(Farewell::Finished), "{options}");
         }
     }
+}
+
+#[test]
+fn half_of_all_seeds_recompute_layers_and_half_change_that_with_a_restart() {
+    assert_eq!(Options::quiet(8, 2, 6).recompute, [false; 4], "what they are compared with");
+    let drawn: Vec<_> = (0..1000).map(|seed| Options::random(seed).recompute).collect();
+    let first = drawn.iter().filter(|turns| turns[0]).count();
+    let changed = drawn.iter().filter(|turns| turns[0] != turns[1]).count();
+    assert!((400..600).contains(&first) && (400..600).contains(&changed), "{first} and {changed} of 1000");
 }
 
 #[test]

@@ -164,7 +164,7 @@ impl Stage {
             stages: Some(words.number("stages", 1) as u32).filter(|stages| *stages > 0),
             steps: words.number("steps", 10),
             numerics: NumericsClass { precision: Precision::Fp32, family: "avx512".into() },
-            recompute: false,
+            recompute: words.named.get("recompute") == Some(&"true"),
             redundancy: words.number("redundancy", 2) as u32,
             workers: words.number("workers", 2) as u32,
             timing: Timing::from_millis(1000),

@@ -35,6 +35,8 @@ pub(super) struct Leader {
     sessions: Vec<(Session, Option<WorkerId>)>,
     /// Set where the process dies after so many more outputs.
     dying: Option<u64>,
+    /// Whether whom it takes on recomputes layers.
+    recompute: bool,
 }
 
 impl Leader {
@@ -55,13 +57,15 @@ impl Leader {
 impl World<'_> {
     /// A coordinator starts, with what its store remembers.
     pub(super) fn lead(&mut self) {
+        let turn = self.incarnation as usize % self.options.recompute.len();
+        let recompute = self.options.recompute[turn];
         let config = Config {
             shape: self.spec.model.clone(),
             batch: self.spec.batch,
             stages: self.options.stages,
             steps: self.options.steps,
             numerics: self.spec.numerics.clone(),
-            recompute: false,
+            recompute,
             redundancy: self.options.redundancy,
             workers: self.options.workers,
             timing: Timing::from_millis(DETECT_MS),
@@ -89,7 +93,7 @@ impl World<'_> {
         };
         let core = Core::new(config, restored, 0).with_mutant(mutant);
         self.incarnation += 1;
-        self.leader = Some(Leader { core, origin: self.now, sessions: Vec::new(), dying: None });
+        self.leader = Some(Leader { core, origin: self.now, sessions: Vec::new(), dying: None, recompute });
     }
 
     /// The coordinator's process is gone; whoever started it starts it again.
@@ -193,12 +197,12 @@ impl World<'_> {
             Output::Welcome { session, worker, committed } => {
                 let again = self.resuming.contains(&session);
                 self.checks.welcomed(worker, again)?;
-                if let Some(leader) = &mut self.leader
-                    && let Some(entry) = leader.sessions.iter_mut().find(|(s, _)| *s == session)
-                {
+                let Some(leader) = &mut self.leader else { return Ok(()) };
+                if let Some(entry) = leader.sessions.iter_mut().find(|(s, _)| *s == session) {
                     entry.1 = Some(worker);
                 }
-                self.down(session, Frame::Welcome(session, worker, committed));
+                let welcome = Frame::Welcome(session, worker, committed, leader.recompute);
+                self.down(session, welcome);
             }
             Output::Refuse { session, .. } => {
                 self.down(session, Frame::Refused(session));

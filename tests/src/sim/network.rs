@@ -22,7 +22,8 @@ pub(super) enum Frame {
     Up(Session, FromWorker),
     /// A session ended; to either end.
     Closed(Session),
-    Welcome(Session, WorkerId, Step),
+    /// Also the step that was committed last, and whether layers are recomputed.
+    Welcome(Session, WorkerId, Step, bool),
     Refused(Session),
     Down(Session, ToWorker),
     Peer {

@@ -57,6 +57,9 @@ pub struct Options {
     pub redundancy: u32,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// Whether layers are recomputed on the way back: what the coordinator tells those whom it
+    /// takes on, in turn each time that it is started.
+    pub recompute: [bool; 4],
     /// Faults, at random moments of the time that the run takes without any.
     pub faults: Vec<(u64, Fault)>,
     /// Steps that are not finite, as a property of their data.
@@ -127,6 +130,7 @@ impl Options {
             steps,
             redundancy: 1,
             checkpoint_every: 0,
+            recompute: [false; 4],
             faults: Vec::new(),
             bad: Vec::new(),
             non_finite: NonFinitePolicy::Skip,
@@ -161,6 +165,7 @@ impl Options {
             steps,
             redundancy,
             checkpoint_every,
+            recompute: recompute(seed),
             faults,
             bad,
             non_finite,
@@ -209,6 +214,12 @@ impl Options {
     }
 }
 
+/// A stream of its own: a seed's sizes and faults are what they would be without it.
+fn recompute(seed: u64) -> [bool; 4] {
+    let mut r = Random::new(seed ^ 0x7265_636f);
+    [(); 4].map(|()| r.below(2) == 0)
+}
+
 fn bad(r: &mut Random, steps: u64) -> Bad {
     let what = [NotFinite::Loss, NotFinite::Gradient][r.below(2) as usize];
     Bad { step: Step(r.below(steps) + 1), what }
@@ -251,8 +262,8 @@ impl fmt::Display for Options {
         write!(
             f,
             "seed {seed}: {workers} workers, {lanes} lanes × {micro_batches}, stages {stages:?}, {steps} steps, r = \
-             {redundancy}, a checkpoint every {} steps, faults {:?}, not finite {:?} ({}), mutant {:?}",
-            self.checkpoint_every, self.faults, self.bad, self.non_finite, self.mutant
+             {redundancy}, a checkpoint every {} steps, recompute {:?}, faults {:?}, not finite {:?} ({}), mutant {:?}",
+            self.checkpoint_every, self.recompute, self.faults, self.bad, self.non_finite, self.mutant
         )
     }
 }

@@ -20,14 +20,15 @@ pub enum NoPlan {
         /// How many more workers like the one with the most memory would do, and the bytes that
         /// it has; none where no number is enough.
         more_workers: Option<(u32, u64)>,
+        /// Whether the model would fit into what there is if layers were recomputed.
+        recompute: bool,
     },
 }
 
 impl fmt::Display for NoPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (workers, more_bytes, more_workers) = match self {
-            Self::NobodyStays => return f.write_str("every worker is about to leave"),
-            Self::DoesNotFit { workers, more_bytes, more_workers } => (workers, more_bytes, more_workers),
+        let Self::DoesNotFit { workers, more_bytes, more_workers, recompute } = self else {
+            return f.write_str("every worker is about to leave");
         };
         let them = if *workers == 1 { "the worker".to_owned() } else { format!("the {workers} workers") };
         write!(f, "the model with its training state does not fit into the memory of {them}")?;
@@ -36,11 +37,11 @@ impl fmt::Display for NoPlan {
             let s = if count == 1 { "" } else { "s" };
             format!("{count} more worker{s} with {} each", gib(bytes))
         });
-        match (bytes, others) {
-            (Some(a), Some(b)) => write!(f, ": {a} would do, or {b}"),
-            (Some(only), None) | (None, Some(only)) => write!(f, ": {only} would do"),
-            (None, None) => Ok(()),
-        }
+        // As the run file has it.
+        let setting = recompute.then(|| "recompute = true".to_owned());
+        let mut ways = bytes.into_iter().chain(others).chain(setting);
+        ways.next().map_or(Ok(()), |first| write!(f, ": {first} would do"))?;
+        ways.try_for_each(|way| write!(f, ", or {way}"))
     }
 }
 
@@ -69,6 +70,8 @@ pub(super) fn missing(
     }
     let mut largest: Vec<Candidate> = staying.iter().map(|i| candidates[*i].clone()).collect();
     largest.sort_by_key(|c| (std::cmp::Reverse(memory(c)), c.member.worker));
+    let recomputed = Demand { recompute: true, ..demand.clone() };
+    let recompute = !demand.recompute && fits(&recomputed, table, &largest, largest.len());
     let fits = |workers: &[Candidate]| fits(demand, table, workers, workers.len());
     let with_bytes = |bytes: u64| {
         let more = |c: &Candidate| Candidate { memory: memory(c).saturating_add(bytes), ..c.clone() };
@@ -82,7 +85,7 @@ pub(super) fn missing(
     };
     let more_workers = least(1, 1 << 12, |_| 1, with_workers);
     let more_workers = more_workers.map(|count| (count as u32, memory(&largest[0])));
-    NoPlan::DoesNotFit { workers: staying.len(), more_bytes, more_workers }
+    NoPlan::DoesNotFit { workers: staying.len(), more_bytes, more_workers, recompute }
 }
 
 /// The least number from `first` to `last` that will do, to within `grain` of it.

@@ -105,7 +105,10 @@ proptest! {
     fn an_error_says_what_would_do(
         (demand, candidates) in workers(5, demands(1..8, 0..4)),
     ) {
-        if let Err(NoPlan::DoesNotFit { more_bytes, more_workers, .. }) = planned(&demand, &candidates) {
+        let answer = planned(&demand, &candidates);
+        if let Err(NoPlan::DoesNotFit { more_bytes, more_workers, recompute, .. }) = answer {
+            let recomputed = Demand { recompute: true, ..demand.clone() };
+            prop_assert_eq!(recompute, planned(&recomputed, &candidates).is_ok());
             if let Some(bytes) = more_bytes {
                 let more = |c: &Candidate| match c.memory {
                     0 => c.clone(),
@@ -264,13 +267,60 @@ fn a_newcomer_is_healed_and_nobody_else_is() {
 
 #[test]
 fn the_error_of_a_model_that_does_not_fit_can_be_read() {
-    let reason =
-        NoPlan::DoesNotFit { workers: 3, more_bytes: Some(1 << 30), more_workers: Some((2, 8 << 30)) };
+    let said = |workers, more_bytes, more_workers, recompute| {
+        let reason = NoPlan::DoesNotFit { workers, more_bytes, more_workers, recompute }.to_string();
+        let rest = reason.strip_prefix("the model with its training state does not fit into the memory of ");
+        rest.unwrap().to_owned()
+    };
     assert_eq!(
-        reason.to_string(),
-        "the model with its training state does not fit into the memory of the 3 workers: \
-         1.0 GiB more memory on each would do, or 2 more workers with 8.0 GiB each"
+        said(3, Some(1 << 30), Some((2, 8 << 30)), false),
+        "the 3 workers: 1.0 GiB more memory on each would do, or 2 more workers with 8.0 GiB each"
     );
-    let reason = NoPlan::DoesNotFit { workers: 1, more_bytes: Some(1), more_workers: None };
-    assert!(reason.to_string().ends_with("of the worker: 0.1 MiB more memory on each would do"), "{reason}");
+    assert_eq!(
+        said(3, Some(1 << 30), Some((2, 8 << 30)), true),
+        "the 3 workers: 1.0 GiB more memory on each would do, or 2 more workers with 8.0 GiB each, \
+         or recompute = true"
+    );
+    assert_eq!(said(1, Some(1), None, false), "the worker: 0.1 MiB more memory on each would do");
+    assert_eq!(said(1, None, None, true), "the worker: recompute = true would do");
+    assert_eq!(said(1, None, None, false), "the worker");
+}
+
+/// One worker with so much memory, for a model of many layers: what is said of it.
+fn said_of(recompute: bool, memory: u64) -> Result<Plan, String> {
+    let demand = Demand { recompute, ..demand(8, 4, 1) };
+    planned(&demand, &[candidate(1, 1e6, memory)]).map_err(|reason| reason.to_string())
+}
+
+/// The least memory with which one worker will do.
+fn least_memory(recompute: bool) -> u64 {
+    let sizes: Vec<u64> = (1..1 << 22).step_by(1 << 8).collect();
+    sizes[sizes.partition_point(|memory| said_of(recompute, *memory).is_err())]
+}
+
+#[test]
+fn recompute_is_proposed_where_the_model_would_fit_with_it() {
+    let (with, without) = (least_memory(true), least_memory(false));
+    assert!(with < without, "{with} {without}");
+    for memory in [with, (with + without) / 2] {
+        let reason = said_of(false, memory).unwrap_err();
+        assert!(reason.ends_with(", or recompute = true"), "{memory}: {reason}");
+        assert!(said_of(true, memory).is_ok(), "{memory}");
+    }
+}
+
+#[test]
+fn recompute_is_not_proposed_where_the_model_would_not_fit_with_it_either() {
+    for memory in [1, least_memory(true) / 2] {
+        let reason = said_of(false, memory).unwrap_err();
+        assert!(reason.contains("would do") && !reason.contains("recompute"), "{memory}: {reason}");
+    }
+}
+
+#[test]
+fn recompute_is_not_proposed_where_it_is_on() {
+    for memory in [1, least_memory(true) / 2, least_memory(true) - (1 << 8)] {
+        let reason = said_of(true, memory).unwrap_err();
+        assert!(reason.contains("would do") && !reason.contains("recompute"), "{memory}: {reason}");
+    }
 }
