@@ -80,6 +80,37 @@ fn mixed_precision_has_the_same_bits_in_pipelines_that_recompute_and_when_a_work
 }
 
 #[test]
+fn a_machine_without_tiles_computes_what_they_would_with_the_same_bits_when_a_worker_dies() {
+    let place = Place::new();
+    let config = |set: &str| place.run(&["config", "run.toml", "--set", "precision=mixed", "--set", set]);
+    let amx = config("kernels=amx-bf16");
+    if !amx.status.success() {
+        // Without AVX-512 there are no vectors that could.
+        assert!(amx.error().contains("what this machine has"), "{amx:?}");
+        return;
+    }
+    if config("kernels=auto").stdout.contains("amx-bf16 on this machine") {
+        // With tiles this is what mixed precision takes, and too fast for anybody to die in it.
+        return;
+    }
+    // Some thirty times as slow as the fastest family: twelve steps of 256 tokens are enough.
+    let small = ["--steps", "12", "--set", "recipe.warmup_steps=4", "--set", "batch.sequence_length=32"];
+    let train = |run: &str, workers: &str, kernels: &str| {
+        let args = ["--set", "precision=mixed", "--set", kernels, "--workers", workers];
+        place.train(run, &[&args[..], &small].concat())
+    };
+    let quiet = train("one", "1", "kernels=amx-bf16").end().weights();
+    let mut killed = train("killed", "2", "kernels=amx-bf16");
+    place.reach("killed", 3);
+    kill(killed.children()[1], "KILL");
+    killed.wait_for("starting it again");
+    let killed = killed.end();
+    assert_eq!(killed.weights(), quiet, "{}", killed.stderr);
+    let fastest = train("fastest", "1", "kernels=auto").end().weights();
+    assert_ne!(fastest, quiet, "another numerics class");
+}
+
+#[test]
 fn when_all_die_the_same_command_goes_on_from_the_checkpoint() {
     let place = Place::new();
     let quiet = place.train("quiet", &[]).end().weights();
