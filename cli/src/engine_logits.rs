@@ -32,7 +32,7 @@ pub fn logits(
         let here = read(source, unit, dtype)?;
         let mut weights = vec![&[][..]; layout.units()];
         weights[unit] = &here;
-        model.place(unit..unit + 1);
+        model.place(unit..unit + 1, false);
         let flight = model.forward(&cpu, &weights, batch(prompts), stream.as_deref(), &|_| false);
         let flight = flight.map_err(|e| engine(&e))?;
         stream = flight.map(|flight| model.output(&flight).to_vec());

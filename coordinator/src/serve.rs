@@ -223,7 +223,6 @@ fn welcome(options: &Options) -> Result<Welcome, BadSetting> {
         worker: WorkerId(0),
         committed: Step(0),
         spec: options.spec.clone(),
-        recompute: options.recompute,
         redundancy: options.redundancy,
         timing: options.timing,
         checkpoint_every: options.checkpoint_every,

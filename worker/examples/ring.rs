@@ -136,7 +136,7 @@ impl Member {
 
     fn init(&mut self, spec: &RunSpec) -> Outcome<()> {
         let own = self.own();
-        self.engine.run(Task::Place { units: 0..spec.model.units() })?;
+        self.engine.run(Task::Place { units: 0..spec.model.units(), recompute: false })?;
         for (chunk, slices) in self.chunks.iter().enumerate() {
             let part = if chunk == own { Part::State } else { Part::Weights };
             self.engine.run(Task::Init { slices: slices.iter().copied().collect(), part })?;

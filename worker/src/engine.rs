@@ -97,8 +97,6 @@ pub struct Costs {
     pub model: ModelShape,
     /// Its global batch.
     pub batch: BatchShape,
-    /// Whether layers are recomputed on the way back.
-    pub recompute: bool,
 }
 
 enum Job {
@@ -261,8 +259,8 @@ impl Actor {
     /// Does a task, and notes what a pass took. One that was given up is worth nothing.
     fn run<M: Machine>(&mut self, machine: &mut M, task: Task) -> Result<Option<Done>, Fault> {
         let (generation, flops) = match &task {
-            Task::Place { units } => {
-                let Costs { model, batch, recompute } = &self.costs;
+            Task::Place { units, recompute } => {
+                let Costs { model, batch } = &self.costs;
                 self.passes = cost::passes(model, batch, *recompute, units.clone());
                 return machine.run(task);
             }

@@ -117,7 +117,7 @@ async fn work(options: Options, flaws: mpsc::Receiver<Flaw>) -> Result<Farewell,
         let frames = frames_of_two_steps(&slices, &spec.batch);
         let (watch, threads) = (Arc::default(), options.threads);
         let build = machine::builder(&welcome, threads, Arc::clone(&watch));
-        let costs = Costs { model: spec.model.clone(), batch: spec.batch, recompute: welcome.recompute };
+        let costs = Costs { model: spec.model.clone(), batch: spec.batch };
         Engine::start(build, machine::writer(&welcome), watch, costs, frames).map_err(WorkerError::Start)?
     };
     let fabric = Fabric::start(listener, settings(&welcome, slices));

@@ -41,7 +41,6 @@ pub fn builder(
 ) -> impl FnOnce(Saver) -> Result<Device, Fault> + Send + use<> {
     let (spec, data) = (welcome.spec.clone(), PathBuf::from(&welcome.data));
     let (root, init) = (PathBuf::from(&welcome.checkpoints), welcome.init.clone());
-    let recompute = welcome.recompute;
     move |saver| {
         let dataset = Dataset::open(&data)?;
         let (found, wanted) = (dataset.spec(), spec.data.clone());
@@ -51,7 +50,7 @@ pub fn builder(
         let batches = Sampled(Sampler::new(Arc::new(dataset), spec.seed, spec.batch)?);
         let start = Start::open(&spec, init.as_deref())?;
         let checkpoints = Folder { root, saver, spec: spec.clone(), start, open: None };
-        Ok(Executor::new(&spec, threads, watch, batches, checkpoints)?.with_recompute(recompute))
+        Ok(Executor::new(&spec, threads, watch, batches, checkpoints)?)
     }
 }
 

@@ -257,6 +257,7 @@ fn restored_plan(words: &Words<'_>, list: &str) -> Arc<Plan> {
         generation: Generation(words.number("planned", 1)),
         base: Step(words.number("base", 0)),
         verdict: None,
+        recompute: false,
         members: list.split(',').map(member).collect(),
         pipelines: Vec::new(),
         owners: Vec::new(),

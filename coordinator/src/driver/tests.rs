@@ -74,7 +74,6 @@ fn bench_with(workers: u32, prepare: impl FnOnce(&mut Ledger)) -> Bench {
     let welcome = Welcome {
         worker: WorkerId(0),
         spec: spec.clone(),
-        recompute: false,
         redundancy: 2,
         timing: Timing::from_millis(200),
         checkpoint_every: 0,

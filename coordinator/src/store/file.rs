@@ -196,6 +196,7 @@ mod tests {
             generation: Generation(generation),
             base: Step(7),
             verdict: Some(Verdict::Update { norm: 0.1 }),
+            recompute: false,
             members: vec![],
             pipelines: vec![],
             owners: vec![],

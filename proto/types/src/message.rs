@@ -51,8 +51,6 @@ pub struct Welcome {
     pub worker: WorkerId,
     /// The run.
     pub spec: RunSpec,
-    /// Whether layers are recomputed on the way back; no bits depend on it.
-    pub recompute: bool,
     /// Owners per slice, where there are so many members.
     pub redundancy: u32,
     /// The failure budget, and what follows from it.

@@ -14,6 +14,8 @@ pub struct Plan {
     /// How step `base` is applied by a member that is one step behind and prepared. None where
     /// no member can be behind.
     pub verdict: Option<Verdict>,
+    /// Whether members recompute layers on the way back; no bits depend on it.
+    pub recompute: bool,
     /// The members, ascending by id.
     pub members: Vec<Member>,
     /// The pipelines; together they have every lane once.

@@ -17,6 +17,8 @@ pub enum Task {
     Place {
         /// The units of this worker's stage; empty where it computes nothing.
         units: Range<u32>,
+        /// Whether layers are computed again on the way back, to keep less of them.
+        recompute: bool,
     },
     /// Take a micro-batch forward through the units, on the weights of the step before. Where
     /// another stage is before them, its [`Key::Activation`] was stored; where another one

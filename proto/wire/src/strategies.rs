@@ -139,25 +139,17 @@ fn peak() -> impl Strategy<Value = Peak> {
 pub(crate) fn welcome() -> impl Strategy<Value = Welcome> {
     (
         worker(),
-        (run_spec(), any::<bool>()),
+        run_spec(),
         (any::<u32>(), timing(), any::<u64>()),
         text(),
         (text(), option::of(text())),
         step(),
     )
         .prop_map(
-            |(
-                worker,
-                (spec, recompute),
-                (redundancy, timing, checkpoint_every),
-                data,
-                (checkpoints, init),
-                committed,
-            )| {
+            |(worker, spec, (redundancy, timing, checkpoint_every), data, (checkpoints, init), committed)| {
                 Welcome {
                     worker,
                     spec,
-                    recompute,
                     redundancy,
                     timing,
                     checkpoint_every,
@@ -343,13 +335,22 @@ pub(crate) fn plan() -> impl Strategy<Value = Plan> {
     let reasons =
         vec![MoreWorkersThanLanes, Leaving, TooSmall, NoRoomForAStage, WouldSlow, TooFewForAPipeline];
     let idle = vec((worker(), prop::sample::select(reasons)), 0..3);
-    (generation(), step(), option::of(verdict()), members, vec(pipeline(), 0..3), owners, idle).prop_flat_map(
-        |(generation, base, verdict, members, pipelines, owners, idle)| {
+    (
+        generation(),
+        step(),
+        (option::of(verdict()), any::<bool>()),
+        members,
+        vec(pipeline(), 0..3),
+        owners,
+        idle,
+    )
+        .prop_flat_map(|(generation, base, (verdict, recompute), members, pipelines, owners, idle)| {
             let (transfers, none) = (vec![], vec![]);
             let plan = Plan {
                 generation,
                 base,
                 verdict,
+                recompute,
                 members,
                 pipelines,
                 owners,
@@ -359,8 +360,7 @@ pub(crate) fn plan() -> impl Strategy<Value = Plan> {
             };
             (vec(transfer(plan.owners.len() as u32), 0..4), disputes())
                 .prop_map(move |(transfers, disputes)| Plan { transfers, disputes, ..plan.clone() })
-        },
-    )
+        })
 }
 
 fn farewell() -> impl Strategy<Value = Farewell> {

@@ -71,7 +71,7 @@ impl Engine {
     /// Where something is not here, or not what a quiet run has.
     pub(super) fn run(&mut self, setting: &Setting, task: Task) -> Result<Option<Done>, String> {
         match task {
-            Task::Place { units } => self.place(units),
+            Task::Place { units, .. } => self.place(units),
             Task::Forward { generation, .. }
             | Task::Backward { generation, .. }
             | Task::Reduce { generation, .. }
@@ -383,7 +383,7 @@ fn init(id: SliceId) -> Value {
 pub(super) fn truth(setting: &Setting) -> Result<Vec<Vec<Value>>, String> {
     let (mut engine, all) = (Engine::new(setting), SliceSet::all(setting.table.len()));
     let generation = Generation(1);
-    engine.run(setting, Task::Place { units: 0..setting.shape.units() })?;
+    engine.run(setting, Task::Place { units: 0..setting.shape.units(), recompute: false })?;
     engine.run(setting, Task::Init { slices: all.clone(), part: Part::State })?;
     let mut truth = Vec::new();
     for step in (0..=setting.steps).map(Step) {

@@ -35,8 +35,6 @@ pub(super) struct Leader {
     sessions: Vec<(Session, Option<WorkerId>)>,
     /// Set where the process dies after so many more outputs.
     dying: Option<u64>,
-    /// Whether whom it takes on recomputes layers.
-    recompute: bool,
 }
 
 impl Leader {
@@ -93,7 +91,7 @@ impl World<'_> {
         };
         let core = Core::new(config, restored, 0).with_mutant(mutant);
         self.incarnation += 1;
-        self.leader = Some(Leader { core, origin: self.now, sessions: Vec::new(), dying: None, recompute });
+        self.leader = Some(Leader { core, origin: self.now, sessions: Vec::new(), dying: None });
     }
 
     /// The coordinator's process is gone; whoever started it starts it again.
@@ -197,12 +195,12 @@ impl World<'_> {
             Output::Welcome { session, worker, committed } => {
                 let again = self.resuming.contains(&session);
                 self.checks.welcomed(worker, again)?;
-                let Some(leader) = &mut self.leader else { return Ok(()) };
-                if let Some(entry) = leader.sessions.iter_mut().find(|(s, _)| *s == session) {
+                if let Some(leader) = &mut self.leader
+                    && let Some(entry) = leader.sessions.iter_mut().find(|(s, _)| *s == session)
+                {
                     entry.1 = Some(worker);
                 }
-                let welcome = Frame::Welcome(session, worker, committed, leader.recompute);
-                self.down(session, welcome);
+                self.down(session, Frame::Welcome(session, worker, committed));
             }
             Output::Refuse { session, .. } => {
                 self.down(session, Frame::Refused(session));

@@ -192,11 +192,6 @@ impl Engine {
         }
     }
 
-    /// The same with or without activation recomputation, as its worker is told with its welcome.
-    pub(super) fn with_recompute(self, recompute: bool) -> Self {
-        Self { executor: self.executor.with_recompute(recompute), ..self }
-    }
-
     pub(super) fn queue(&mut self, job: Job) {
         self.jobs.push_back(job);
     }

@@ -22,8 +22,7 @@ pub(super) enum Frame {
     Up(Session, FromWorker),
     /// A session ended; to either end.
     Closed(Session),
-    /// Also the step that was committed last, and whether layers are recomputed.
-    Welcome(Session, WorkerId, Step, bool),
+    Welcome(Session, WorkerId, Step),
     Refused(Session),
     Down(Session, ToWorker),
     Peer {

@@ -57,8 +57,8 @@ pub struct Options {
     pub redundancy: u32,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
-    /// Whether layers are recomputed on the way back: what the coordinator tells those whom it
-    /// takes on, in turn each time that it is started.
+    /// Whether layers are recomputed on the way back: the coordinator's plans say so, or
+    /// not, in turn each time that it is started.
     pub recompute: [bool; 4],
     /// Faults, at random moments of the time that the run takes without any.
     pub faults: Vec<(u64, Fault)>,

@@ -139,8 +139,8 @@ impl World<'_> {
             return Ok(());
         }
         match frame {
-            Frame::Welcome(session, worker, committed, recompute) if node.session == Some(session) => {
-                self.welcome(process, worker, committed, recompute)
+            Frame::Welcome(session, worker, committed) if node.session == Some(session) => {
+                self.welcome(process, worker, committed)
             }
             Frame::Down(session, message) if node.session == Some(session) => {
                 self.work(process, Input::Message(message), None)
@@ -178,14 +178,7 @@ impl World<'_> {
         }
     }
 
-    /// One that has been taken on before keeps to what it was told then.
-    fn welcome(
-        &mut self,
-        process: u64,
-        worker: WorkerId,
-        committed: Step,
-        recompute: bool,
-    ) -> Result<(), String> {
+    fn welcome(&mut self, process: u64, worker: WorkerId, committed: Step) -> Result<(), String> {
         let Some(node) = self.nodes.get_mut(&process) else { return Ok(()) };
         node.open = true;
         if node.core.is_some() {
@@ -205,11 +198,8 @@ impl World<'_> {
             Some(Mutant::OldConnections) => Some(caravan_worker_core::Mutant::OldFrames),
             _ => None,
         };
-        if let Some(node) = self.nodes.remove(&process) {
-            let core = Some(Core::new(config, node.clock(self.now)).with_mutant(mutant));
-            let engine = node.engine.with_recompute(recompute);
-            self.nodes.insert(process, Node { worker: Some(worker), core, engine, ..node });
-        }
+        node.worker = Some(worker);
+        node.core = Some(Core::new(config, node.clock(self.now)).with_mutant(mutant));
         self.work(process, Input::Tick, None)
     }
 

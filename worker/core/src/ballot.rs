@@ -119,6 +119,7 @@ mod tests {
             generation: Generation(1),
             base: Step(3),
             verdict: None,
+            recompute: false,
             members: [a, b].map(|worker| Member { worker, fabric: String::new() }).into(),
             pipelines: vec![pipeline(a, 0), pipeline(b, 1)],
             owners: vec![vec![a]; table.len()],

@@ -235,7 +235,7 @@ impl Core {
         let units = self.config.shape.units();
         let Some(place) = Place::new(self.config.worker, plan, &self.table, units) else { return };
         self.arrive_at(place.base(), place.plan.verdict, out);
-        out.push(Output::Task(Task::Place { units: place.stage.clone() }));
+        out.push(Output::Task(Task::Place { units: place.stage.clone(), recompute: place.plan.recompute }));
         let peers = place.plan.members.iter().filter(|m| m.worker != place.me).cloned().collect();
         out.push(Output::Connect { generation: place.generation(), peers });
         for (to, part, slices) in place.given() {

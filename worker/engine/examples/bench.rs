@@ -143,11 +143,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let spec = spec(&model, precision, &family, [sequences, length]);
     let source = Random { sequences, length, vocab: model.vocab };
     let recompute = std::env::args().any(|a| a == "--recompute");
-    let engine = Executor::new(&spec, threads, Arc::<Watch>::default(), source, Nowhere)?;
-    let mut engine = engine.with_recompute(recompute);
+    let mut engine = Executor::new(&spec, threads, Arc::<Watch>::default(), source, Nowhere)?;
     let slices = SliceSet::all(SliceTable::new(&model).len());
     let start = Instant::now();
-    engine.run(Task::Place { units: 0..model.units() })?;
+    engine.run(Task::Place { units: 0..model.units(), recompute })?;
     engine.run(Task::Init { slices: slices.clone(), part: Part::State })?;
     let init = start.elapsed();
     let (mut loss, mut times) = (0.0, [const { Vec::new() }; 4]);

@@ -99,17 +99,6 @@ impl<B: Batches, C: Checkpoints> Executor<B, C> {
         }))
     }
 
-    /// The same with or without activation recomputation, before anything goes forward: with it,
-    /// a micro-batch keeps each layer's input only, and a layer is computed again on its way back,
-    /// to the same bits.
-    #[must_use]
-    pub fn with_recompute(self, recompute: bool) -> Self {
-        Self(match self.0 {
-            Precise::Fp32(typed) => Precise::Fp32(typed.with_recompute(recompute)),
-            Precise::Mixed(typed) => Precise::Mixed(typed.with_recompute(recompute)),
-        })
-    }
-
     /// Executes a task. None where there is nothing to say: the task was given up because of
     /// the fence, the answer comes from elsewhere, or it is of a kind that has no answer.
     ///
@@ -193,7 +182,7 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
             return Err(EngineError::Shape(format!("lanes {} is no power of two", spec.batch.lanes)));
         }
         let mut model = Model::new(&spec.model)?;
-        model.place(0..0);
+        model.place(0..0, false);
         let state = State::new(&spec.model, spec.seed);
         Ok(Self {
             cpu: Cpu::new(threads, family)?,
@@ -215,13 +204,9 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
         })
     }
 
-    fn with_recompute(self, recompute: bool) -> Self {
-        Self { model: self.model.with_recompute(recompute), ..self }
-    }
-
     fn run(&mut self, task: Task) -> Result<Option<Done>, EngineError> {
         match task {
-            Task::Place { units } => self.place(units)?,
+            Task::Place { units, recompute } => self.place(units, recompute)?,
             Task::Forward { generation, step, micro } => self.forward(generation, step, micro)?,
             Task::Backward { generation, step, micro } => return self.backward(generation, step, micro),
             Task::Reduce { generation, step, slice } => return self.reduce(generation, step, slice),
@@ -330,10 +315,10 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
         Ok(widened(&weights.collect::<Result<Vec<_>, _>>()?.concat()))
     }
 
-    fn place(&mut self, units: Range<u32>) -> Result<(), EngineError> {
+    fn place(&mut self, units: Range<u32>, recompute: bool) -> Result<(), EngineError> {
         self.state.place(&units)?;
         self.gradients.place(self.state.elements(&units));
-        self.model.place(units.start as usize..units.end as usize);
+        self.model.place(units.start as usize..units.end as usize, recompute);
         self.flights.clear();
         self.stored.clear();
         self.suspect = None;

@@ -146,14 +146,6 @@ impl<E: Element> Model<E> {
         })
     }
 
-    /// The same with or without activation recomputation, which changes no bits.
-    #[must_use]
-    pub fn with_recompute(mut self, recompute: bool) -> Self {
-        self.spare.clear();
-        self.recompute = recompute;
-        self
-    }
-
     /// Where tensors lie.
     #[must_use]
     pub fn layout(&self) -> &Layout {
@@ -165,10 +157,12 @@ impl<E: Element> Model<E> {
         (&self.layout, self.epsilon, &self.turns)
     }
 
-    /// From now on, computes with these units, which exist.
-    pub fn place(&mut self, units: Range<usize>) {
+    /// From now on, computes with these units, which exist, and recomputes layers on the way back or
+    /// not, which changes no bits.
+    pub fn place(&mut self, units: Range<usize>, recompute: bool) {
         self.spare.clear();
-        self.units = units;
+        self.memory.layer = Kept::default();
+        (self.units, self.recompute) = (units, recompute);
     }
 
     /// The stage's units.

@@ -24,7 +24,7 @@ fn reduced(precision: Precision, flaw: Option<Flaw>) -> (Engine, SliceSet, Vec<C
     run.numerics.precision = precision;
     let mut engine = Executor::new(&run, 1, Arc::default(), Memory::of(&run), NoCheckpoints).unwrap();
     let slices = SliceSet::all(SliceTable::new(&run.model).len());
-    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units(), recompute: false }).unwrap();
     engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
     common::compute(&mut engine, G, Step(1), (0..run.batch.lanes, 2)).unwrap();
     flaw.iter().for_each(|flaw| assert!(engine.fail(*flaw)));

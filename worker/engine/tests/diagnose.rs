@@ -28,12 +28,17 @@ fn all(run: &RunSpec) -> SliceSet {
 /// An executor with some units and everybody's training state from the seed, of which some
 /// parameters are changed: `change` gets a parameter's name and its elements.
 fn engine(run: &RunSpec, units: Range<u32>, change: impl Fn(&str, &mut [f32])) -> Engine {
-    engine_on(run, Memory::of(run), units, change)
+    engine_on(run, Memory::of(run), (units, false), change)
 }
 
-fn engine_on(run: &RunSpec, batches: Memory, units: Range<u32>, change: impl Fn(&str, &mut [f32])) -> Engine {
+fn engine_on(
+    run: &RunSpec,
+    batches: Memory,
+    (units, recompute): (Range<u32>, bool),
+    change: impl Fn(&str, &mut [f32]),
+) -> Engine {
     let mut engine = Executor::new(run, 1, Arc::<Watch>::default(), batches, NoCheckpoints).unwrap();
-    engine.run(Task::Place { units }).unwrap();
+    engine.run(Task::Place { units, recompute }).unwrap();
     engine.run(Task::Init { slices: all(run), part: Part::State }).unwrap();
     let mut weights = engine.weights(Step(0)).unwrap();
     for parameter in run.model.all_parameters() {
@@ -145,7 +150,7 @@ fn what_overflows_only_on_the_way_back_is_a_gradient() {
         batch.targets[9] = 0;
         batch
     });
-    let mut engine = engine_on(&run, batches, 0..run.model.units(), |name, weights| match name {
+    let mut engine = engine_on(&run, batches, (0..run.model.units(), false), |name, weights| match name {
         "model.norm.weight" => weights.fill(0.0),
         "lm_head.weight" => {
             weights.fill(f32::MAX);
@@ -173,8 +178,8 @@ fn a_stage_looks_at_what_it_was_sent_and_only_the_guilty_one_finds_something() {
         _ => {}
     };
     for recompute in [false, true] {
-        let stages = [engine(&run, 0..2, overflow), engine(&run, 2..units, overflow)];
-        let mut stages = stages.map(|stage| stage.with_recompute(recompute));
+        let stage = |units| engine_on(&run, Memory::of(&run), (units, recompute), overflow);
+        let mut stages = [stage(0..2), stage(2..units)];
         let (generation, step) = (G, Step(1));
         for lane in 0..8 {
             for index in 0..2 {
@@ -234,7 +239,7 @@ fn a_diagnosis_is_given_up_by_the_fence() {
     let run = run_spec();
     let watch = Arc::<Watch>::default();
     let mut engine = Executor::new(&run, 1, Arc::clone(&watch), Memory::of(&run), NoCheckpoints).unwrap();
-    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units(), recompute: false }).unwrap();
     engine.run(Task::Init { slices: all(&run), part: Part::State }).unwrap();
     watch.raise(Generation(G.0 + 1));
     assert_eq!(engine.run(Task::Diagnose { generation: G, step: Step(1), lanes: 0..8 }).unwrap(), None);

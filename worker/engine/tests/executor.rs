@@ -36,7 +36,7 @@ fn placed<C: Checkpoints>(
     run: &RunSpec,
 ) -> Executor<Memory, C> {
     let mut engine = engine.unwrap();
-    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units(), recompute: false }).unwrap();
     engine
 }
 
@@ -188,7 +188,7 @@ fn train_in_stages(run: &RunSpec, borders: &[u32], steps: u64) -> (Vec<f32>, Vec
     };
     let start = |stage: &Range<u32>| {
         let mut e = engine(run, 1);
-        e.run(Task::Place { units: stage.clone() }).unwrap();
+        e.run(Task::Place { units: stage.clone(), recompute: false }).unwrap();
         e.run(Task::Init { slices: owned(stage), part: Part::State }).unwrap();
         e.run(Task::Narrow { units: stage.clone() }).unwrap();
         e
@@ -272,7 +272,7 @@ fn slices_owned_without_their_unit_keep_their_state_while_units_come_and_go() {
     step_alone(&mut e, Step(1), &slices, 8);
     step_alone(&mut quiet, Step(1), &slices, 8);
     for units in [2..3, 0..0, 1..4, 0..4] {
-        e.run(Task::Place { units: units.clone() }).unwrap();
+        e.run(Task::Place { units: units.clone(), recompute: false }).unwrap();
         e.run(Task::Narrow { units }).unwrap();
         assert_eq!(e.weights(Step(1)).unwrap(), quiet.weights(Step(1)).unwrap());
     }
@@ -282,7 +282,7 @@ fn slices_owned_without_their_unit_keep_their_state_while_units_come_and_go() {
     // What is neither owned nor computed with is gone.
     let first: SliceSet = [SliceId(0)].into_iter().collect();
     e.run(Task::Drop(first.clone())).unwrap();
-    e.run(Task::Place { units: 1..4 }).unwrap();
+    e.run(Task::Place { units: 1..4, recompute: false }).unwrap();
     assert!(e.get(Key::Weights { step: Step(2), slice: SliceId(0) }).is_ok());
     e.run(Task::Narrow { units: 1..4 }).unwrap();
     assert!(e.get(Key::Weights { step: Step(2), slice: SliceId(0) }).is_err());
@@ -318,7 +318,7 @@ fn a_fence_above_the_generation_stops_computing_and_nothing_stays() {
     assert_eq!(engine.run(Task::Reduce { generation: G, step: Step(1), slice: SliceId(0) }).unwrap(), None);
     // The next generation does the step again, with the bits of one that was never stopped.
     *at.borrow_mut() = None;
-    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units(), recompute: false }).unwrap();
     let results = common::compute(&mut engine, G.next(), Step(1), (0..8, 2)).unwrap();
     assert_eq!(results.len(), 8);
     let (mut quiet, _) = whole(&run);
@@ -337,7 +337,7 @@ fn a_new_place_forgets_gradients_and_payloads_but_no_state() {
     reduce(&mut engine, Step(1), SliceId(0));
     let weights = Key::Weights { step: Step(1), slice: SliceId(0) };
     engine.put(weights, vec![0.0; engine_len(&run, SliceId(0))]).unwrap();
-    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units(), recompute: false }).unwrap();
     let apply = Task::Apply { step: Step(1), verdict: Verdict::Update { norm: 1.0 }, slices: slices.clone() };
     assert!(matches!(engine.run(apply), Err(EngineError::NotReduced { .. })));
     assert!(matches!(engine.run(Task::Install(weights)), Err(EngineError::Missing(_))));
@@ -427,7 +427,7 @@ fn what_is_not_here_is_named() {
     let (generation, step) = (G, Step(1));
     let back = e.run(Task::Backward { generation, step, micro: MicroId { lane: 0, index: 1 } });
     assert!(matches!(back, Err(EngineError::OutOfTurn { .. })));
-    assert!(matches!(e.run(Task::Place { units: 1..5 }), Err(EngineError::Units(1, 5, 4))));
+    assert!(matches!(e.run(Task::Place { units: 1..5, recompute: false }), Err(EngineError::Units(1, 5, 4))));
     step_alone(&mut e, Step(1), &slices, 8);
     let again =
         e.run(Task::Apply { step: Step(1), verdict: Verdict::Update { norm: 1.0 }, slices: slices.clone() });

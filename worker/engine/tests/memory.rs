@@ -24,10 +24,9 @@ fn peak() -> u64 {
 
 /// Two steps of a run.
 fn train(run: &RunSpec, recompute: bool) {
-    let engine = Executor::new(run, 2, Arc::default(), Memory::of(run), NoCheckpoints).unwrap();
-    let mut engine = engine.with_recompute(recompute);
+    let mut engine = Executor::new(run, 2, Arc::default(), Memory::of(run), NoCheckpoints).unwrap();
     let slices = SliceSet::all(SliceTable::new(&run.model).len());
-    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units(), recompute }).unwrap();
     engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
     for step in [1, 2].map(Step) {
         let batch = run.batch;

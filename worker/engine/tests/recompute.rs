@@ -38,8 +38,8 @@ fn made<E: Element>(
 ) -> Made {
     let cpu = Cpu::new(2, family).unwrap();
     let weights: Vec<E> = weights::<E::Sum>(shape, 9).into_iter().map(E::narrow).collect();
-    let mut model = Model::<E>::new(shape).unwrap().with_recompute(recompute);
-    model.place(stage);
+    let mut model = Model::<E>::new(shape).unwrap();
+    model.place(stage, recompute);
     let layout = model.layout().clone();
     let mut gradient = vec![E::Sum::ZERO; weights.len()];
     // What other stages would send: any numbers.
@@ -98,10 +98,10 @@ proptest! {
 /// The weights after three steps of two micro-batches in the air, and the losses on the way.
 fn trained(run: &RunSpec, recompute: bool) -> (Vec<f32>, Vec<f64>) {
     let engine = Executor::new(run, 2, Default::default(), Memory::of(run), NoCheckpoints);
-    let mut engine = engine.unwrap().with_recompute(recompute);
+    let mut engine = engine.unwrap();
     let slices = SliceSet::all(SliceTable::new(&run.model).len());
     let generation = Generation(1);
-    engine.run(Task::Place { units: 0..run.model.units() }).unwrap();
+    engine.run(Task::Place { units: 0..run.model.units(), recompute }).unwrap();
     engine.run(Task::Init { slices: slices.clone(), part: Part::State }).unwrap();
     let mut losses = Vec::new();
     for step in (1..=3).map(Step) {

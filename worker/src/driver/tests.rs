@@ -59,7 +59,6 @@ impl Run {
         Welcome {
             worker: WorkerId(worker),
             spec: self.spec.clone(),
-            recompute: false,
             redundancy: 2,
             timing: Timing::from_millis(self.detect_ms),
             checkpoint_every: 0,
@@ -89,6 +88,7 @@ impl Run {
             generation: Generation(1),
             base: Step(0),
             verdict: None,
+            recompute: false,
             members: members.to_vec(),
             pipelines: (0..).zip(members).map(pipeline).collect(),
             owners: vec![members.iter().map(|m| m.worker).collect(); slices],

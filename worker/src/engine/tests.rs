@@ -76,20 +76,20 @@ fn no_save() -> Save {
 
 fn costs() -> Costs {
     let batch = BatchShape { lanes: 2, micro_batches: 1, sequences: 1, sequence_length: 8 };
-    Costs { model: ModelShape::preset("260k").unwrap(), batch, recompute: true }
+    Costs { model: ModelShape::preset("260k").unwrap(), batch }
 }
 
 #[test]
 fn passes_are_worth_what_the_stage_costs_and_those_given_up_nothing() {
     let (engine, mut reports) = start(Fake::default(), no_save());
-    engine.run(Span::none(), Task::Place { units: 0..3 }).unwrap();
+    engine.run(Span::none(), Task::Place { units: 0..3, recompute: true }).unwrap();
     engine.run(Span::none(), compute(1)).unwrap();
     assert!(matches!(reports.blocking_recv(), Some(Report::Done(Done::Lane { .. }))));
     engine.fence(Generation(2));
     engine.run(Span::none(), compute(1)).unwrap();
     engine.run(Span::none(), compute(2)).unwrap();
-    let Costs { model, batch, recompute } = costs();
-    let backward = cost::passes(&model, &batch, recompute, 0..3).1;
+    let Costs { model, batch } = costs();
+    let backward = cost::passes(&model, &batch, true, 0..3).1;
     for _ in 0..2 {
         assert!(matches!(reports.blocking_recv(), Some(Report::Done(Done::Lane { .. }))));
     }

@@ -48,7 +48,6 @@ fn welcome() -> Welcome {
     Welcome {
         worker: WorkerId(5),
         spec,
-        recompute: false,
         redundancy: 2,
         timing: Timing::from_millis(3000),
         checkpoint_every: 0,

@@ -154,7 +154,8 @@ pub fn plan(
     let transfers = transfers::transfers(table, slices, origin, &pipelines, &owners, &candidates);
     let members = candidates.iter().map(|c| c.member.clone()).collect();
     let (Start { base, verdict, .. }, disputes) = (start, disputes.to_vec());
-    Ok(Plan { generation, base, verdict, members, pipelines, owners, transfers, idle, disputes })
+    let recompute = demand.recompute;
+    Ok(Plan { generation, base, verdict, recompute, members, pipelines, owners, transfers, idle, disputes })
 }
 
 /// Owners who differed about a slice's gradient get another one, who makes a majority. What it

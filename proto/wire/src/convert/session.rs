@@ -241,7 +241,6 @@ impl From<Welcome> for pb::Welcome {
         Self {
             worker: welcome.worker.0,
             spec: Some((&welcome.spec).into()),
-            recompute: welcome.recompute,
             redundancy: welcome.redundancy,
             detect_ms: millis(welcome.timing.detect()),
             heartbeat_ms: welcome.timing.set_heartbeat().map(millis),
@@ -266,7 +265,6 @@ impl TryFrom<pb::Welcome> for Welcome {
         Ok(Self {
             worker: limits::worker(welcome.worker, "Welcome.worker")?,
             spec: required(welcome.spec, "Welcome.spec")?.try_into()?,
-            recompute: welcome.recompute,
             redundancy: welcome.redundancy,
             timing,
             checkpoint_every: welcome.checkpoint_every,

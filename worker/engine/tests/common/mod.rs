@@ -119,7 +119,7 @@ pub fn compute<B: Batches, C: Checkpoints>(
 /// Has an executor hold the whole model, as it is before the first step.
 pub fn begin<B: Batches, C: Checkpoints>(engine: &mut Executor<B, C>, model: &ModelShape) {
     let slices = SliceSet::all(SliceTable::new(model).len());
-    engine.run(Task::Place { units: 0..model.units() }).expect("place");
+    engine.run(Task::Place { units: 0..model.units(), recompute: false }).expect("place");
     engine.run(Task::Init { slices, part: Part::State }).expect("init");
 }
 
