@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 /// Version of the file's format; a reader refuses any other. It changes with what the core is
 /// told, too: the inputs stand in the file as they are in the program.
-pub const FORMAT: u32 = 5;
+pub const FORMAT: u32 = 6;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

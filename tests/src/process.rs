@@ -11,8 +11,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// No test waits longer than this for anything: two cores that also build something else need
-/// a few seconds for what takes one.
+/// No test waits longer than this for anything to be heard: two cores that also build something else
+/// need a few seconds for what takes one.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Between two looks.
@@ -262,7 +262,7 @@ impl Running {
     /// Where it falls silent and does not end.
     #[must_use]
     pub fn end(mut self) -> Ended {
-        let mut heard = Instant::now();
+        let (began, mut heard) = (Instant::now(), Instant::now());
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
@@ -272,7 +272,9 @@ impl Running {
             if self.seen.len() > before {
                 heard = Instant::now();
             }
-            assert!(heard.elapsed() < PATIENCE, "silent for {PATIENCE:?} since:\n{}", self.seen.join("\n"));
+            let said = || self.seen.join("\n");
+            assert!(heard.elapsed() < PATIENCE, "silent for {PATIENCE:?} since:\n{}", said());
+            assert!(began.elapsed() < 10 * PATIENCE, "no end of it:\n{}", said());
             std::thread::sleep(PAUSE);
         };
         self.seen.extend(self.lines.iter());

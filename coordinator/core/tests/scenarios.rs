@@ -380,7 +380,8 @@ fn shown(output: &Output) -> String {
 fn plan_lines(plan: &Plan) -> String {
     let applied = |verdict| format!(", whoever is behind applies it with {verdict}");
     let verdict = plan.verdict.map_or(String::new(), applied);
-    let mut lines = vec![format!("{} from step {}{verdict}", plan.generation, plan.base)];
+    let recompute = if plan.recompute { ", layers recomputed" } else { "" };
+    let mut lines = vec![format!("{} from step {}{verdict}{recompute}", plan.generation, plan.base)];
     for p in &plan.pipelines {
         let whole = p.stages.len() == 1;
         let stage = |s: &caravan_types::Stage| match whole {

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Version of the log's format; a reader refuses any other.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 
 /// The log is compacted when it is longer: a few hundred plans of a small caravan, and read back
 /// in a moment. A plan that is this long itself is given the room of two.
@@ -303,7 +303,7 @@ mod tests {
         }
         fs::write(&path, line(&Header { caravan_store: 9 }).unwrap()).unwrap();
         let error = FileStore::open(dir.path()).unwrap_err();
-        assert!(error.to_string().contains("has store format 9, this program reads 4"), "{error}");
+        assert!(error.to_string().contains("has store format 9, this program reads 5"), "{error}");
     }
 
     #[test]

@@ -229,12 +229,12 @@ unsafe fn compute(call: &Call<Bf16>, to: *mut f32, stride: usize) {
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
 unsafe fn put(call: &Call<Bf16>, sums: *const f32) {
     for i in 0..call.rows {
-        // SAFETY: the caller's promise.
-        let to = unsafe { std::slice::from_raw_parts_mut(call.c.add(i * call.c_stride), call.cols) };
-        // SAFETY: the caller's promise.
-        let sums = unsafe { std::slice::from_raw_parts(sums.add(i * 2 * SIDE), call.cols) };
-        for (to, sum) in to.iter_mut().zip(sums) {
-            *to = if call.add { *to + *sum } else { *sum };
+        for j in 0..call.cols {
+            // SAFETY: the caller's promise; what is not added to need not have been set.
+            unsafe {
+                let (to, sum) = (call.c.add(i * call.c_stride + j), sums.add(i * 2 * SIDE + j).read());
+                to.write(if call.add { to.read() + sum } else { sum });
+            }
         }
     }
 }

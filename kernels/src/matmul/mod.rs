@@ -18,7 +18,7 @@ mod amx;
 mod pack;
 mod pairs;
 mod tiles;
-mod turn;
+mod transpose;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use amx::has as has_amx;
@@ -369,7 +369,7 @@ impl<E: Element, O: Element<Sum = E::Sum>> Part<'_, E, O> {
 /// Elements of the largest tile: 32 · 32 in AMX.
 const TILE: usize = 1024;
 
-/// Room for a tile's sums, whose rows start where cache lines do.
+/// Room for a tile's sums, which start where a cache line does.
 #[repr(align(64))]
 struct Sums<R>(MaybeUninit<[R; TILE]>);
 

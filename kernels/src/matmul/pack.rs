@@ -7,7 +7,7 @@
 // Tasks write disjoint panels of one matrix.
 #![allow(unsafe_code)]
 
-use super::turn::{self, Turner};
+use super::transpose::{self, Transposer};
 use super::{TASK_ROWS, Tiles, View};
 use crate::target::Target;
 use crate::{Buffer, Cpu, Element, Family, scratch};
@@ -123,7 +123,7 @@ pub(crate) fn pack_serial<'a, E: Element>(family: Family, b: View<'_, E>, out: &
     for k in (0..b.rows).step_by(tiles.depth) {
         for j in 0..b.cols.div_ceil(tiles.width) {
             let p = panel_of(b.rows, b.cols, &tiles, k, j);
-            pack_panel(family, Turner::of(family), b, &p, &mut out[p.start..p.start + p.len()]);
+            pack_panel(family, Transposer::of(family), b, &p, &mut out[p.start..p.start + p.len()]);
         }
     }
     Packed { data: out, depth: b.rows, cols: b.cols }
@@ -176,7 +176,7 @@ pub fn pack_all<'a, E: Element, const N: usize>(
             // SAFETY: panels are disjoint and lie within packed_len (see `panel_of`), and the
             // exclusive borrow of `out` outlives the tasks.
             let out = unsafe { target.part(p.start, p.len()) };
-            return pack_panel(family, Turner::of(family), *b, &p, out);
+            return pack_panel(family, Transposer::of(family), *b, &p, out);
         }
     });
     parts.map(|(b, target, len)| {
@@ -188,14 +188,14 @@ pub fn pack_all<'a, E: Element, const N: usize>(
 
 kernel! {
     /// Packs one panel; zeros where there is nothing.
-    fn pack_panel<E: Element>(turner: Option<Turner>, b: View<'_, E>, p: &Panel, out: &mut [E]) {
+    fn pack_panel<E: Element>(transposer: Option<Transposer>, b: View<'_, E>, p: &Panel, out: &mut [E]) {
         let (out, padding) = out.split_at_mut(round_up(p.k.len(), p.group) * p.width);
         padding.fill(E::default());
         match (p.group, b.col_stride == 1) {
             (1, true) => pack_rows::<E, 1>(b, p, out),
-            (1, false) => pack_columns::<E, 1>(turner, b, p, out),
+            (1, false) => pack_columns::<E, 1>(transposer, b, p, out),
             (_, true) => pack_rows::<E, 2>(b, p, out),
-            (_, false) => pack_columns::<E, 2>(turner, b, p, out),
+            (_, false) => pack_columns::<E, 2>(transposer, b, p, out),
         }
     }
 }
@@ -217,17 +217,17 @@ fn pack_rows<E: Element, const GROUP: usize>(b: View<'_, E>, p: &Panel, out: &mu
     }
 }
 
-/// Of a factor whose columns are contiguous: squares of them are turned in registers, or in the
+/// Of a factor whose columns are contiguous: squares of them are transposed in registers, or in the
 /// first-level cache.
 #[inline(always)]
 fn pack_columns<E: Element, const GROUP: usize>(
-    turner: Option<Turner>,
+    transposer: Option<Transposer>,
     b: View<'_, E>,
     p: &Panel,
     out: &mut [E],
 ) {
-    const SQUARE: usize = turn::SIDE;
-    let turner = turner.filter(|_| size_of::<[E; GROUP]>() == 4);
+    const SQUARE: usize = transpose::SIDE;
+    let transposer = transposer.filter(|_| size_of::<[E; GROUP]>() == 4);
     let n = p.cols.len();
     let (out, _) = out.as_chunks_mut::<GROUP>();
     for k in p.k.clone().step_by(SQUARE * GROUP) {
@@ -235,9 +235,9 @@ fn pack_columns<E: Element, const GROUP: usize>(
         let groups = depth.div_ceil(GROUP);
         let out = &mut out[(k - p.k.start) / GROUP * p.width..][..groups * p.width];
         for c in (0..p.width).step_by(SQUARE) {
-            if let Some(turner) = turner.filter(|_| depth == SQUARE * GROUP && c + SQUARE <= n) {
+            if let Some(transposer) = transposer.filter(|_| depth == SQUARE * GROUP && c + SQUARE <= n) {
                 let from = &b.data[(p.cols.start + c) * b.col_stride + k * b.row_stride..];
-                turner.turn(from, b.col_stride, out[c..].as_flattened_mut(), p.width * GROUP);
+                transposer.transpose(from, b.col_stride, out[c..].as_flattened_mut(), p.width * GROUP);
                 continue;
             }
             let mut square = [[[E::default(); GROUP]; SQUARE]; SQUARE];
@@ -275,7 +275,8 @@ pub(super) fn pack_left<E: Element>(
 ) {
     let tiles = E::tiles(family);
     let len = round_up(ks.len(), tiles.step);
-    // Of a turned factor each value of k has memory of its own, which is read once.
+    // In a column-major factor each value of k is another row of memory: a step's are read for all
+    // rows before the next step's.
     let deep = if tiles.step == STEP { STEP } else { ks.len().max(1) };
     for k in ks.clone().step_by(deep) {
         let part_ks = k..(k + deep).min(ks.end);
@@ -283,13 +284,13 @@ pub(super) fn pack_left<E: Element>(
             let part = row..(row + left_rows(&tiles)).min(rows.end);
             let start = (row - rows.start) * len + (k - ks.start) * part.len();
             let out = &mut out[start..][..part.len() * round_up(part_ks.len(), tiles.step)];
-            pack_left_part(family, Turner::of(family), a, part, part_ks.clone(), tiles.step, out);
+            pack_left_part(family, Transposer::of(family), a, part, part_ks.clone(), tiles.step, out);
         }
     }
 }
 
 kernel! {
-    fn pack_left_part<E: Element>(turner: Option<Turner>, a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, step: usize, out: &mut [E]) {
+    fn pack_left_part<E: Element>(transposer: Option<Transposer>, a: View<'_, E>, rows: Range<usize>, ks: Range<usize>, step: usize, out: &mut [E]) {
         match (step, rows.len()) {
             (1, 6) => pack_some::<E, 6>(a, rows, ks, out),
             (1, 4) => pack_some::<E, 4>(a, rows, ks, out),
@@ -299,7 +300,7 @@ kernel! {
                 pack_rows::<E, 2>(a.t(), &p, out);
             }
             (2, _) => pack_few::<E, 2>(a, rows, ks, out),
-            _ => pack_tiles(turner, a, rows, ks, out),
+            _ => pack_tiles(transposer, a, rows, ks, out),
         }
     }
 }
@@ -341,16 +342,24 @@ fn pack_few<E: Element, const GROUP: usize>(
 /// In rows of whole steps of AMX.
 #[inline(always)]
 fn pack_tiles<E: Element>(
-    turner: Option<Turner>,
+    transposer: Option<Transposer>,
     a: View<'_, E>,
     rows: Range<usize>,
     ks: Range<usize>,
     out: &mut [E],
 ) {
-    match turner {
-        Some(turner) if a.row_stride == 1 && ks.len() == STEP && rows.len().is_multiple_of(turn::SIDE) => {
-            for (row, out) in rows.step_by(turn::SIDE).zip(out.chunks_exact_mut(turn::SIDE * STEP)) {
-                turner.turn_halves(&a.data[ks.start * a.col_stride + row..], a.col_stride, out, STEP);
+    match transposer {
+        Some(transposer)
+            if a.row_stride == 1 && ks.len() == STEP && rows.len().is_multiple_of(transpose::SIDE) =>
+        {
+            for (row, out) in rows.step_by(transpose::SIDE).zip(out.chunks_exact_mut(transpose::SIDE * STEP))
+            {
+                transposer.transpose_halves(
+                    &a.data[ks.start * a.col_stride + row..],
+                    a.col_stride,
+                    out,
+                    STEP,
+                );
             }
             return;
         }

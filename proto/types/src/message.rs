@@ -12,7 +12,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// Version of the session protocol and the fabric's frames. Both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 6;
+pub const PROTOCOL_VERSION: u32 = 7;
 
 /// Speeds, relative to one ordinary core. A thousand of the fastest accelerators are some 10^8
 /// cores; sums, ratios and products of a few such numbers stay far from the ends of fp64.

@@ -5,8 +5,9 @@ use super::network::{End, Frame, Line};
 use super::options::{DETECT_MS, Mutant};
 use super::world::{Due, World};
 use caravan_coordinator_core::Session;
-use caravan_types::message::{Activity, Farewell, FromWorker, Hello, PROTOCOL_VERSION};
+use caravan_types::message::{Activity, Farewell, FromWorker, Hello, PROTOCOL_VERSION, ToWorker};
 use caravan_types::peer::PeerMessage;
+use caravan_types::task::Task;
 use caravan_types::timing::Timing;
 use caravan_types::{Generation, Step, WorkerId};
 use caravan_worker_core::{Config, Core, Input, Output};
@@ -218,6 +219,10 @@ impl World<'_> {
         let Some(node) = self.nodes.get_mut(&process) else { return Ok(()) };
         let clock = node.clock(now);
         let Some(core) = &mut node.core else { return Ok(()) };
+        let planned = match &input {
+            Input::Message(ToWorker::Plan(plan)) => Some(plan.recompute),
+            _ => None,
+        };
         let (mut outputs, mut payload) = (Vec::new(), payload);
         core.handle(clock, input, &mut outputs);
         for output in outputs {
@@ -243,7 +248,16 @@ impl World<'_> {
                     let payload = payload.take().ok_or("kept a payload that did not come")?;
                     self.queue(process, Job::Put(key, payload));
                 }
-                Output::Task(task) => self.queue(process, Job::Task(task)),
+                Output::Task(task) => {
+                    if let Task::Place { recompute, .. } = &task
+                        && planned != Some(*recompute)
+                    {
+                        return Err(format!(
+                            "a place with recompute = {recompute}, planned with {planned:?}"
+                        ));
+                    }
+                    self.queue(process, Job::Task(task));
+                }
                 Output::Exit(farewell) => {
                     let again = matches!(farewell, Farewell::Fenced | Farewell::Failed | Farewell::Corrupt);
                     self.end(process, again.then_some(100));

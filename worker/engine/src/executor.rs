@@ -316,12 +316,14 @@ impl<E: Weight, B: Batches, C: Checkpoints> Typed<E, B, C> {
     }
 
     fn place(&mut self, units: Range<u32>, recompute: bool) -> Result<(), EngineError> {
-        self.state.place(&units)?;
-        self.gradients.place(self.state.elements(&units));
-        self.model.place(units.start as usize..units.end as usize, recompute);
+        self.state.has(&units)?;
+        // What is given up goes before anything new is taken.
         self.flights.clear();
         self.stored.clear();
         self.suspect = None;
+        self.model.place(units.start as usize..units.end as usize, recompute);
+        self.gradients.place(self.state.elements(&units));
+        self.state.place(&units);
         Ok(())
     }
 

@@ -161,7 +161,9 @@ impl<E: Element> Model<E> {
     /// not, which changes no bits.
     pub fn place(&mut self, units: Range<usize>, recompute: bool) {
         self.spare.clear();
-        self.memory.layer = Kept::default();
+        if (&self.units, self.recompute) != (&units, recompute) {
+            self.memory = Memory::default();
+        }
         (self.units, self.recompute) = (units, recompute);
     }
 

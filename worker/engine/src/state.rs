@@ -92,11 +92,16 @@ impl<E: Weight> State<E> {
         self.shape.unit_range(first).start..self.shape.unit_range(last).end
     }
 
-    /// Gets ready to compute with these units. What was here stays.
-    pub(crate) fn place(&mut self, units: &Range<u32>) -> Result<(), EngineError> {
+    /// Whether the model has these units.
+    pub(crate) fn has(&self, units: &Range<u32>) -> Result<(), EngineError> {
         if units.end > self.shape.units() {
             return Err(EngineError::Units(units.start, units.end, self.shape.units()));
         }
+        Ok(())
+    }
+
+    /// Gets ready to compute with these units, which the model has. What was here stays.
+    pub(crate) fn place(&mut self, units: &Range<u32>) {
         for unit in units.start as usize..units.end as usize {
             if !self.units[unit].is_empty() {
                 continue;
@@ -111,7 +116,6 @@ impl<E: Weight> State<E> {
             }
             self.units[unit] = elements;
         }
-        Ok(())
     }
 
     /// Gives up the weights of all other units, but for slices with training state.

@@ -1,7 +1,7 @@
-//! Small matrices turned in registers, where AVX-512 has enough of them.
+//! Small matrices transposed in registers, where AVX-512 has enough of them.
 //!
 //! Sixteen vectors of sixteen units of 32 bits: pairs of rows, then pairs of pairs are interleaved,
-//! which turns squares of four, and then whole squares of four change places.
+//! which transposes squares of four, and then whole squares of four change places.
 
 // Vectors are read and written through pointers, between bounds that are asserted.
 #![allow(unsafe_code)]
@@ -17,9 +17,9 @@ pub(super) const SIDE: usize = 16;
 
 /// Proof that a machine has AVX-512.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Turner(());
+pub(super) struct Transposer(());
 
-impl Turner {
+impl Transposer {
     /// Where the family has what is needed.
     pub(super) fn of(family: Family) -> Option<Self> {
         match family.0 {
@@ -35,14 +35,14 @@ impl Turner {
     /// # Panics
     /// Where a slice is too short.
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-    pub(super) fn turn<E: Element>(self, from: &[E], stride: usize, to: &mut [E], to_stride: usize) {
+    pub(super) fn transpose<E: Element>(self, from: &[E], stride: usize, to: &mut [E], to_stride: usize) {
         let row = 64 / size_of::<E>();
         assert!(from.len() >= (SIDE - 1) * stride + row && to.len() >= (SIDE - 1) * to_stride + row);
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a Turner exists only where AVX-512 was detected, and all that is read and written
+        // SAFETY: a Transposer exists only where AVX-512 was detected, and all that is read and written
         // lies within the slices.
         unsafe {
-            turn(from.as_ptr(), stride, to.as_mut_ptr(), to_stride);
+            transpose(from.as_ptr(), stride, to.as_mut_ptr(), to_stride);
         }
     }
 
@@ -52,14 +52,20 @@ impl Turner {
     /// # Panics
     /// Where a slice is too short, or elements have another size.
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-    pub(super) fn turn_halves<E: Element>(self, from: &[E], stride: usize, to: &mut [E], to_stride: usize) {
+    pub(super) fn transpose_halves<E: Element>(
+        self,
+        from: &[E],
+        stride: usize,
+        to: &mut [E],
+        to_stride: usize,
+    ) {
         assert!(size_of::<E>() == 2);
         assert!(from.len() >= (2 * SIDE - 1) * stride + SIDE);
         assert!(to.len() >= (SIDE - 1) * to_stride + 2 * SIDE);
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: as in `turn`.
+        // SAFETY: as in `transpose`.
         unsafe {
-            turn_halves(from.as_ptr(), stride, to.as_mut_ptr(), to_stride);
+            transpose_halves(from.as_ptr(), stride, to.as_mut_ptr(), to_stride);
         }
     }
 }
@@ -68,7 +74,7 @@ impl Turner {
 /// `SIDE` rows of 64 bytes are at `from`, and there is room for as many at `to`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
-unsafe fn turn<E>(from: *const E, stride: usize, to: *mut E, to_stride: usize) {
+unsafe fn transpose<E>(from: *const E, stride: usize, to: *mut E, to_stride: usize) {
     let mut rows = [_mm512_setzero_si512(); SIDE];
     for (i, row) in rows.iter_mut().enumerate() {
         // SAFETY: the caller's promise; loads and stores need no alignment.
@@ -84,7 +90,7 @@ unsafe fn turn<E>(from: *const E, stride: usize, to: *mut E, to_stride: usize) {
 /// 2 · `SIDE` rows of 32 bytes are at `from`, and there is room for `SIDE` of 64 bytes at `to`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")]
-unsafe fn turn_halves<E>(from: *const E, stride: usize, to: *mut E, to_stride: usize) {
+unsafe fn transpose_halves<E>(from: *const E, stride: usize, to: *mut E, to_stride: usize) {
     let mut rows = [_mm512_setzero_si512(); SIDE];
     for (i, row) in rows.iter_mut().enumerate() {
         // SAFETY: the caller's promise; loads and stores need no alignment.
@@ -137,15 +143,15 @@ mod tests {
 
     #[test]
     fn rows_become_columns() {
-        for turner in Family::available().into_iter().filter_map(Turner::of) {
+        for transposer in Family::available().into_iter().filter_map(Transposer::of) {
             let from: Vec<f32> = (0..16 * 20).map(|i| i as f32).collect();
             let mut to = vec![0.0f32; 16 * 17];
-            turner.turn(&from, 20, &mut to, 17);
+            transposer.transpose(&from, 20, &mut to, 17);
             assert!((0..256).all(|i| to[i % 16 * 17 + i / 16] == from[i / 16 * 20 + i % 16]));
 
             let from: Vec<Bf16> = (0..32 * 18).map(|i| Bf16::narrow(i as f32)).collect();
             let mut to = vec![Bf16::default(); 16 * 32];
-            turner.turn_halves(&from, 18, &mut to, 32);
+            transposer.transpose_halves(&from, 18, &mut to, 32);
             assert!((0..512).all(|i| to[i % 16 * 32 + i / 16] == from[i / 16 * 18 + i % 16]));
         }
     }
